@@ -1,0 +1,39 @@
+"""Train any recurrent PyTorch module at memory constant in the number of steps, with dynamics that stay stable."""
+
+from crbp import cells
+from crbp.diagnostics import activation_memory, residual_curve, spectral_radius
+from crbp.errors import CrbpError, DivergenceError, DivergenceWarning, StateError
+from crbp.evolve import Evolve, Report, Run
+from crbp.gradients import BPTT, RBP, CheckpointedBPTT, GradientMethod, OneStep, Phantom, TruncatedBPTT
+from crbp.penalties import jacobian_frobenius_penalty, lipschitz_penalty
+from crbp.solvers import GMRES, Anderson, Neumann, Solver, StopReason
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BPTT",
+    "GMRES",
+    "RBP",
+    "Anderson",
+    "CheckpointedBPTT",
+    "CrbpError",
+    "DivergenceError",
+    "DivergenceWarning",
+    "Evolve",
+    "GradientMethod",
+    "Neumann",
+    "OneStep",
+    "Phantom",
+    "Report",
+    "Run",
+    "Solver",
+    "StateError",
+    "StopReason",
+    "TruncatedBPTT",
+    "activation_memory",
+    "cells",
+    "jacobian_frobenius_penalty",
+    "lipschitz_penalty",
+    "residual_curve",
+    "spectral_radius",
+]

@@ -1,0 +1,158 @@
+"""Run a step function and report what happened: the entry point of the library."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch.utils._pytree import tree_unflatten
+
+from crbp._checks import choice, count, non_negative
+from crbp._tree import LeafStep, Leaves, detach, flatten_state, leaf_step, norm, relative_residual
+from crbp.errors import DivergenceError, DivergenceWarning
+from crbp.gradients import BPTT, BackwardReport, GradientMethod, Recurrence
+from crbp.solvers import StopReason
+
+
+@dataclass(kw_only=True)
+class Report:
+    """What one run did.
+
+    Attributes:
+        steps: steps taken.
+        residual: relative residual of the last step, ``‖h_N − h_{N−1}‖ / ‖h_N‖`` over the whole state.
+        stop: why the run ended.
+        backward: how the backward equation was solved; None before ``backward()`` and for methods without one.
+    """
+
+    steps: int
+    residual: float
+    stop: StopReason
+    backward: BackwardReport | None = None
+
+
+@dataclass(kw_only=True)
+class Run:
+    """The outcome of `Evolve`.
+
+    Attributes:
+        state: the final state, of the structure of the first; differentiable by the method chosen.
+        report: what happened, forward and (once it has run) backward.
+    """
+
+    state: Any
+    report: Report
+    _step: LeafStep = field(repr=False)
+    _previous: Leaves = field(repr=False)
+    _last: Leaves = field(repr=False)
+
+    def linearized(self, *, at_end: bool = False) -> tuple[Leaves, Leaves]:
+        """Outputs and inputs of one step on one graph, from which ``Jᵀ v`` can be taken.
+
+        The last step's own graph where the run has built one; a step taken anew where it has not (under ``no_grad``)
+        or where the step from the final state on is asked for (``at_end``).
+        """
+        open_graph = all(leaf.requires_grad for leaf in self._previous) and any(
+            leaf.grad_fn is not None for leaf in self._last
+        )
+        if not at_end and torch.is_grad_enabled() and open_graph:
+            return self._last, self._previous
+        start = detach(self._last if at_end else self._previous, requires_grad=True)
+        with torch.enable_grad():
+            return self._step(start), start
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evolve:
+    """Apply a step function ``N`` times, ``h_{t+1} = f(h_t)``, and differentiate the result by the method given.
+
+    ```python
+    evolve = crbp.Evolve(steps=20, gradient=crbp.RBP(crbp.Neumann(terms=15)))
+    run = evolve(lambda h: cell(h, drive), h0)
+    ```
+    The gradient reaches whatever the step closes over. The state is a tensor or any pytree of floating-point tensors.
+
+    Args:
+        steps: the number of steps ``N``, at least 1.
+        gradient: how the run is differentiated.
+        tolerance: stop before ``N`` once the relative residual ``‖h_t − h_{t−1}‖ / ‖h_t‖`` of the whole state is at
+            most this; None runs all steps. Each test waits for the device.
+        on_divergence: what to do when the final state is not finite: ``"raise"`` a `crbp.DivergenceError` that names
+            the step, or ``"warn"`` and go on.
+
+    Raises:
+        ValueError: for values out of range.
+
+    Source: Linsley et al., Stable and expressive recurrent vision models, NeurIPS 2020.
+    """
+
+    steps: int
+    gradient: GradientMethod = field(default_factory=BPTT)
+    tolerance: float | None = None
+    on_divergence: Literal["raise", "warn"] = "raise"
+
+    def __post_init__(self) -> None:
+        count("steps", self.steps)
+        if not isinstance(self.gradient, GradientMethod):
+            raise TypeError(f"gradient must be a gradient method such as crbp.BPTT(), not {self.gradient!r}")
+        if self.tolerance is not None:
+            non_negative("tolerance", self.tolerance)
+        choice("on_divergence", self.on_divergence, ("raise", "warn"))
+
+    def __call__(self, step: Callable[[Any], Any], state: Any) -> Run:
+        """Run ``step`` from ``state``.
+
+        Args:
+            step: maps a state to the next one of the same structure, shapes and dtypes.
+            state: where to start.
+
+        Raises:
+            StateError: if the state is no pytree of floating-point tensors or the step changes its form.
+            DivergenceError: if the final state is not finite and ``on_divergence`` is ``"raise"``.
+        """
+        start, spec = flatten_state(state)
+        on_leaves = leaf_step(step, spec)
+        report = Report(steps=0, residual=0.0, stop=StopReason.BUDGET)
+
+        def record(backward: BackwardReport) -> None:
+            report.backward = backward
+
+        rolled = self.gradient(
+            Recurrence(step=on_leaves, start=start, steps=self.steps, tolerance=self.tolerance, record=record)
+        )
+        report.steps, report.stop = rolled.steps, rolled.stop
+        report.residual = float(relative_residual(rolled.previous, rolled.last))
+        if not math.isfinite(report.residual):
+            report.stop = StopReason.NOT_FINITE
+            self._diverged(on_leaves, start, rolled.steps)
+        return Run(
+            state=tree_unflatten(list(rolled.state), spec),
+            report=report,
+            _step=on_leaves,
+            _previous=rolled.previous,
+            _last=rolled.last,
+        )
+
+    def _diverged(self, step: LeafStep, start: Leaves, steps: int) -> None:
+        """Apply the policy to a final state that is not finite, naming the step at which that began."""
+        with torch.no_grad():
+            state, first = start, 0
+            while first < steps and math.isfinite(float(norm(state))):
+                state = step(state)
+                first += 1
+        message = (
+            f"the state is not finite from step {first} of {steps} on: "
+            + (
+                "the start holds a NaN or an infinity"
+                if first == 0
+                else "the dynamics do not contract, or an input is not finite"
+            )
+            + "; check drive and weights, lower the learning rate or raise the weight of crbp.lipschitz_penalty"
+        )
+        if self.on_divergence == "raise":
+            raise DivergenceError(message)
+        warnings.warn(message, DivergenceWarning, stacklevel=3)

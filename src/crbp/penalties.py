@@ -1,0 +1,82 @@
+"""Penalties that keep the dynamics contractive. Each needs one double backward through one step: memory O(1)."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from crbp._checks import choice, count, share
+from crbp._tree import vector_jacobian
+from crbp.evolve import Run
+
+Reduction = Literal["norm", "mean_square", "sum_square"]
+
+
+def lipschitz_penalty(run: Run, *, bound: float = 0.9, reduction: Reduction = "norm") -> Tensor:
+    """Lipschitz coefficient penalty (LCP) on the last step of a run.
+
+    ``‖ (1ᵀJ − λ)⁺ ‖₂`` with ``J = ∂f/∂h`` at ``h_{N−1}`` and λ the ``bound``. ``1ᵀJ`` are the column sums of the
+    Jacobian, one vector-Jacobian product. Columns can cancel, so a penalty of zero is no proof of contraction: see
+    `crbp.spectral_radius`. Under `BPTT` its gradient flows through all steps, under `RBP` through the last one. Where
+    no gradient is recorded (``torch.no_grad``) only its value is returned.
+
+    Args:
+        run: what `crbp.Evolve` returned, before its graph is freed by ``backward()``.
+        bound: λ in [0, 1), the share by which a change of the state may persist.
+        reduction: over all units of all images: ``"norm"``, the Euclidean norm of the paper; ``"mean_square"`` and
+            ``"sum_square"``, the squares that its code uses for contour tracing and for panoptic segmentation.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        ValueError: if the bound lies outside [0, 1) or the reduction is unknown.
+
+    Source: Linsley et al., Stable and expressive recurrent vision models, NeurIPS 2020, eq. 10.
+    """
+    share("bound", bound)
+    choice("reduction", reduction, get_args(Reduction))
+    outputs, inputs = run.linearized()
+    ones = tuple(torch.ones_like(leaf) for leaf in outputs)
+    columns = vector_jacobian(outputs, inputs, ones, create_graph=torch.is_grad_enabled())
+    excess = torch.cat([(column - bound).clamp_min(0).flatten() for column in columns])
+    if reduction == "norm":
+        norm: Tensor = torch.linalg.vector_norm(excess)
+        return norm
+    squares = excess.square()
+    return squares.mean() if reduction == "mean_square" else squares.sum()
+
+
+def jacobian_frobenius_penalty(run: Run, *, samples: int = 1, generator: torch.Generator | None = None) -> Tensor:
+    """Squared Frobenius norm of the last step's Jacobian per state unit, by Hutchinson's estimator.
+
+    ``‖J‖²_F / d = E ‖Jᵀ v‖² / d`` for standard normal ``v`` and a state of ``d`` numbers. Since the spectral radius is
+    at most ``‖J‖_F``, it restrains every direction, also those in which the columns that `lipschitz_penalty` sums
+    cancel.
+
+    Args:
+        run: what `crbp.Evolve` returned, before its graph is freed by ``backward()``.
+        samples: random vectors averaged over, one vector-Jacobian product each.
+        generator: of the random vectors, on the device of the state; None draws from torch's own.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        ValueError: if ``samples`` is below 1.
+
+    Source: Bai et al., Stabilizing equilibrium models by Jacobian regularization, arXiv 2106.14342.
+    """
+    count("samples", samples)
+    outputs, inputs = run.linearized()
+    units = sum(leaf.numel() for leaf in inputs)
+    total = outputs[0].new_zeros(())
+    for _ in range(samples):
+        vector = tuple(
+            torch.randn(leaf.shape, dtype=leaf.dtype, device=leaf.device, generator=generator) for leaf in outputs
+        )
+        products = vector_jacobian(outputs, inputs, vector, create_graph=torch.is_grad_enabled())
+        total = total + sum((product.square().sum() for product in products), total.new_zeros(()))
+    return total / (samples * units)
