@@ -77,6 +77,15 @@ def detach(leaves: Leaves, *, requires_grad: bool = False) -> Leaves:
     return tuple(leaf.detach().requires_grad_(requires_grad) for leaf in leaves)
 
 
+def separate(leaves: Leaves) -> Leaves:
+    """The same values on the same graph, each behind a view of its own.
+
+    A derivative with respect to one of them then holds the others, even where the graph leads from one to another (the
+    output of an LSTM is made of its memory).
+    """
+    return tuple(leaf.view_as(leaf) for leaf in leaves) if torch.is_grad_enabled() and len(leaves) > 1 else leaves
+
+
 def norm(leaves: Leaves) -> Tensor:
     """Euclidean norm over all leaves together, accumulated in at least float32."""
     squares = [

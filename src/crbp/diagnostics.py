@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from crbp._checks import count, non_negative
-from crbp._tree import Leaves, flatten_state, leaf_step, relative_residual, vector_jacobian
+from crbp._tree import Leaves, flatten_state, leaf_step, relative_residual
 from crbp.evolve import Run
 
 
@@ -84,15 +84,15 @@ def spectral_radius(
     """
     count("iterations", iterations, at_least=2)
     non_negative("tolerance", tolerance)
-    outputs, inputs = run.linearized(at_end=True)
-    rows = inputs[0].shape[0] if per_sample else 1
-    draw = [torch.randn(leaf.shape, dtype=leaf.dtype, device=leaf.device, generator=generator) for leaf in inputs]
+    state, vjp = run.linearized(at_end=True)
+    rows = state[0].shape[0] if per_sample else 1
+    draw = [torch.randn(leaf.shape, dtype=leaf.dtype, device=leaf.device, generator=generator) for leaf in state]
     old = _unit(_to_rows(tuple(draw), rows))
-    new, calm, taken = _apply(outputs, inputs, old), old.new_zeros(rows), 1
+    new, calm, taken = _apply(vjp, state, old), old.new_zeros(rows), 1
     radius = change = old.new_full((rows,), torch.inf)
     while taken < iterations and bool((calm < 3).any()):
         scale = _safe(new.norm(dim=1))
-        newest = _apply(outputs, inputs, new / scale[:, None])
+        newest = _apply(vjp, state, new / scale[:, None])
         estimate = _largest_ritz_value(old, new, newest * scale[:, None])
         change = torch.where(estimate == radius, 0.0, (estimate - radius).abs() / _safe(estimate))
         calm = torch.where(change <= tolerance, calm + 1, 0)
@@ -116,12 +116,12 @@ def _unit(vectors: Tensor) -> Tensor:
     return vectors / _safe(vectors.norm(dim=1))[:, None]
 
 
-def _apply(outputs: Leaves, inputs: Leaves, rows: Tensor) -> Tensor:
+def _apply(vjp: Callable[[Leaves], Leaves], state: Leaves, rows: Tensor) -> Tensor:
     """``Jᵀ`` on every row of ``(rows, units)``."""
-    sizes = [leaf.numel() // len(rows) for leaf in outputs]
+    sizes = [leaf.numel() // len(rows) for leaf in state]
     parts = torch.split(rows, sizes, dim=1)
-    vector = tuple(part.reshape(leaf.shape).to(leaf.dtype) for part, leaf in zip(parts, outputs, strict=True))
-    return _to_rows(vector_jacobian(outputs, inputs, vector), len(rows)).detach()
+    vector = tuple(part.reshape(leaf.shape).to(leaf.dtype) for part, leaf in zip(parts, state, strict=True))
+    return _to_rows(vjp(vector), len(rows)).detach()
 
 
 def _largest_ritz_value(first: Tensor, second: Tensor, third: Tensor) -> Tensor:

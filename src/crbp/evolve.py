@@ -6,13 +6,14 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch.utils._pytree import tree_unflatten
 
 from crbp._checks import choice, count, non_negative
-from crbp._tree import LeafStep, Leaves, detach, flatten_state, leaf_step, norm, relative_residual
+from crbp._tree import LeafStep, Leaves, flatten_state, leaf_step, norm, relative_residual, vector_jacobian
 from crbp.errors import DivergenceError, DivergenceWarning
 from crbp.gradients import BPTT, BackwardReport, GradientMethod, Recurrence
 from crbp.solvers import StopReason
@@ -24,7 +25,8 @@ class Report:
 
     Attributes:
         steps: steps taken.
-        residual: relative residual of the last step, ``‖h_N − h_{N−1}‖ / ‖h_N‖`` over the whole state.
+        residual: relative residual of the last step, ``‖h_N − h_{N−1}‖ / ‖h_N‖`` over the whole state, with
+            ``h_N = f(h_{N−1})`` (undamped under `crbp.Phantom` too).
         stop: why the run ended.
         backward: how the backward equation was solved; None before ``backward()`` and for methods without one.
     """
@@ -50,20 +52,26 @@ class Run:
     _previous: Leaves = field(repr=False)
     _last: Leaves = field(repr=False)
 
-    def linearized(self, *, at_end: bool = False) -> tuple[Leaves, Leaves]:
-        """Outputs and inputs of one step on one graph, from which ``Jᵀ v`` can be taken.
+    def linearized(self, *, at_end: bool = False) -> tuple[Leaves, Callable[[Leaves], Leaves]]:
+        """The leaves at which one step is linearised, and the map ``v ↦ Jᵀ v`` there.
 
-        The last step's own graph where the run has built one; a step taken anew where it has not (under ``no_grad``)
-        or where the step from the final state on is asked for (``at_end``).
+        The last step, on the graph that the run has built where there is one; or the step from the final state on
+        (``at_end``), of which no gradient is recorded.
         """
-        open_graph = all(leaf.requires_grad for leaf in self._previous) and any(
-            leaf.grad_fn is not None for leaf in self._last
-        )
-        if not at_end and torch.is_grad_enabled() and open_graph:
-            return self._last, self._previous
-        start = detach(self._last if at_end else self._previous, requires_grad=True)
-        with torch.enable_grad():
-            return self._step(start), start
+        start = flatten_state(self.state)[0] if at_end else self._previous
+        if torch.is_inference_mode_enabled():
+            # Autograd records nothing here; a functional transform does.
+            pull = torch.func.vjp(lambda *leaves: self._step(leaves), *start)[1]
+            return start, lambda vector: tuple(pull(vector))
+        live = torch.is_grad_enabled() and not at_end
+        if live and all(leaf.requires_grad for leaf in start) and any(leaf.grad_fn is not None for leaf in self._last):
+            outputs = self._last
+        else:
+            # Leaves that carry a graph keep it, so that the gradient of a penalty flows on through the steps before.
+            start = tuple(leaf if live and leaf.requires_grad else leaf.detach().requires_grad_() for leaf in start)
+            with torch.enable_grad():
+                outputs = self._step(start)
+        return start, partial(vector_jacobian, outputs, start, create_graph=live)
 
 
 @dataclass(frozen=True, kw_only=True)

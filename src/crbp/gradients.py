@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from crbp._checks import choice, count
-from crbp._tree import LeafStep, Leaves, detach, ravel, relative_residual, vector_jacobian
+from crbp._tree import LeafStep, Leaves, detach, ravel, relative_residual, separate, vector_jacobian
 from crbp.errors import DivergenceError, DivergenceWarning
 from crbp.solvers import Neumann, Solution, Solver, StopReason
 
@@ -78,7 +78,7 @@ class Rollout:
     Attributes:
         state: the final state; its graph carries the method's gradient.
         previous: the state before the last step.
-        last: the step applied to ``previous``, on the step's own graph.
+        last: the step itself, undamped, applied to ``previous``, on its own graph.
         steps: steps taken.
         stop: why they ended.
     """
@@ -107,7 +107,8 @@ def advance(step: LeafStep, state: Leaves, steps: int, tolerance: float | None =
     previous = last = state
     taken, stop = 0, StopReason.BUDGET
     while taken < steps and stop is StopReason.BUDGET:
-        previous, last = last, step(last)
+        previous = separate(last)
+        last = step(previous)
         taken += 1
         if tolerance is not None and float(relative_residual(previous, last)) <= tolerance:
             stop = StopReason.CONVERGED
@@ -227,11 +228,15 @@ class Phantom(GradientMethod):
     def __call__(self, recurrence: Recurrence) -> Rollout:
         """Run the steps before the window undamped and without a graph."""
 
-        def damped(old: Leaves) -> Leaves:
-            return tuple(torch.lerp(h, new, self.damping) for h, new in zip(old, recurrence.step(old), strict=True))
+        def mix(old: Leaves, new: Leaves) -> Leaves:
+            return tuple(torch.lerp(h, f, self.damping) for h, f in zip(old, new, strict=True))
 
         head, left = recurrence.split(self.window)
-        return head.followed_by(advance(damped, head.state, left))
+        damped = advance(lambda old: mix(old, recurrence.step(old)), head.state, left - 1)
+        # The last step is kept undamped as well: penalties and diagnostics are about the step, whatever the method.
+        tail = advance(recurrence.step, damped.state, 1)
+        tail.state = mix(tail.previous, tail.last)
+        return head.followed_by(replace(tail, steps=left))
 
 
 @dataclass(frozen=True)
@@ -326,8 +331,14 @@ class _ImplicitGradient(torch.autograd.Function):
         return tuple(tensor.detach() for tensor in tensors[:leaves])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradient: Tensor) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():
+            # Raised at once: `once_differentiable` would be passed over by `torch.autograd.grad` with named inputs,
+            # and the second derivative silently incomplete.
+            raise NotImplementedError(
+                "a gradient taken by crbp.RBP cannot be differentiated again, which create_graph=True asks for; "
+                "use crbp.BPTT or crbp.TruncatedBPTT where second derivatives are needed"
+            )
         saved = ctx.saved_tensors
         with torch.enable_grad():
             solution, report = ctx.method.backward(saved[: ctx.leaves], saved[ctx.leaves :], gradient)

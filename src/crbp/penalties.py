@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from crbp._checks import choice, count, share
-from crbp._tree import vector_jacobian
 from crbp.evolve import Run
 
 Reduction = Literal["norm", "mean_square", "sum_square"]
@@ -38,9 +37,8 @@ def lipschitz_penalty(run: Run, *, bound: float = 0.9, reduction: Reduction = "n
     """
     share("bound", bound)
     choice("reduction", reduction, get_args(Reduction))
-    outputs, inputs = run.linearized()
-    ones = tuple(torch.ones_like(leaf) for leaf in outputs)
-    columns = vector_jacobian(outputs, inputs, ones, create_graph=torch.is_grad_enabled())
+    state, vjp = run.linearized()
+    columns = vjp(tuple(torch.ones_like(leaf) for leaf in state))
     excess = torch.cat([(column - bound).clamp_min(0).flatten() for column in columns])
     if reduction == "norm":
         norm: Tensor = torch.linalg.vector_norm(excess)
@@ -70,13 +68,12 @@ def jacobian_frobenius_penalty(run: Run, *, samples: int = 1, generator: torch.G
     Source: Bai et al., Stabilizing equilibrium models by Jacobian regularization, arXiv 2106.14342.
     """
     count("samples", samples)
-    outputs, inputs = run.linearized()
-    units = sum(leaf.numel() for leaf in inputs)
-    total = outputs[0].new_zeros(())
+    state, vjp = run.linearized()
+    units = sum(leaf.numel() for leaf in state)
+    total = state[0].new_zeros(())
     for _ in range(samples):
         vector = tuple(
-            torch.randn(leaf.shape, dtype=leaf.dtype, device=leaf.device, generator=generator) for leaf in outputs
+            torch.randn(leaf.shape, dtype=leaf.dtype, device=leaf.device, generator=generator) for leaf in state
         )
-        products = vector_jacobian(outputs, inputs, vector, create_graph=torch.is_grad_enabled())
-        total = total + sum((product.square().sum() for product in products), total.new_zeros(()))
+        total = total + sum((product.square().sum() for product in vjp(vector)), total.new_zeros(()))
     return total / (samples * units)

@@ -57,7 +57,15 @@ class Solver(ABC):
 
 
 def _norm(tensor: Tensor) -> float:
-    return float(torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32)))
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    norm = float(torch.linalg.vector_norm(tensor, dtype=wide))
+    if norm > 0 and math.isfinite(norm):
+        return norm
+    # The squares may have left the range of the dtype where the norm has not: measure in units of the largest entry.
+    peak = float(torch.linalg.vector_norm(tensor, ord=math.inf, dtype=wide))
+    if peak == 0 or not math.isfinite(peak):
+        return peak
+    return peak * float(torch.linalg.vector_norm(tensor.to(wide) / peak))
 
 
 def _trivial(g: Tensor, scale: float) -> Solution | None:
@@ -103,14 +111,15 @@ class Neumann(Solver):
         taken, stop = 0, StopReason.BUDGET
         while taken < self.terms:
             term = vjp(term)
-            total = total + term
             taken += 1
             residual = _norm(term) / scale
+            # This is the residual of the sum so far; the term is added to it all the same.
+            if residual < smallest:
+                smallest, best = residual, total
+            total = total + term
             if not math.isfinite(residual):
                 stop = StopReason.NOT_FINITE
                 break
-            if residual <= smallest:
-                smallest, best = residual, total
             if residual <= self.tolerance:
                 stop = StopReason.CONVERGED
                 break
@@ -126,7 +135,7 @@ class Anderson(Solver):
 
     Args:
         terms: the most vector-Jacobian products, at least 1.
-        memory: iterates mixed, at least 1.
+        memory: iterates mixed, at least 1 (1 is the plain iteration, the Neumann series).
         tolerance: relative residual at which to stop.
 
     Raises:
@@ -165,8 +174,8 @@ class Anderson(Solver):
             if residual <= self.tolerance:
                 stop = StopReason.CONVERGED
                 break
-            images = [*images[-self.memory :], image]
-            residuals = [*residuals[-self.memory :], image - u]
+            images = [*images, image][-self.memory :]
+            residuals = [*residuals, image - u][-self.memory :]
             u = _mix(images, residuals)
         return Solution(solution=best, best=best, terms=taken, residual=smallest, stop=stop)
 
@@ -278,12 +287,12 @@ class _Krylov:
         for j, column in enumerate(self.columns):
             hessenberg[: j + 2, j] = column.cpu()
         target = hessenberg.new_zeros(size + 1, 1)
-        target[0] = self.scale
+        target[0] = 1
         self.weights = torch.linalg.lstsq(hessenberg, target, driver="gelsd").solution[:, 0]
-        return float(torch.linalg.vector_norm(target[:, 0] - hessenberg @ self.weights)) / self.scale
+        return float(torch.linalg.vector_norm(target[:, 0] - hessenberg @ self.weights))
 
     def combine(self) -> Tensor:
         """The solution in the shape and dtype of ``g``."""
         weights = self.weights.to(self.basis[0].device)
         stacked = torch.stack(self.basis[: len(weights)], dim=1)
-        return (stacked @ weights).view(self.g.shape).to(self.g.dtype)
+        return (self.scale * (stacked @ weights)).view(self.g.shape).to(self.g.dtype)

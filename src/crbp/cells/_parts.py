@@ -30,7 +30,8 @@ def make_norm(name: Norm, channels: int, *, scale: float = 1.0) -> nn.Module:
     if name == "none":
         return nn.Identity()
     if name == "instance":
-        norm: nn.Module = nn.InstanceNorm2d(channels, affine=True)
+        # The same numbers as nn.InstanceNorm2d, which takes four times as long on a CPU.
+        norm: nn.Module = nn.GroupNorm(channels, channels)
     elif name == "batch":
         norm = nn.BatchNorm2d(channels, track_running_stats=False)
     else:
@@ -39,6 +40,22 @@ def make_norm(name: Norm, channels: int, *, scale: float = 1.0) -> nn.Module:
     assert isinstance(norm.weight, Tensor)
     nn.init.constant_(norm.weight, scale)
     return norm
+
+
+class PointwiseConv2d(nn.Conv2d):
+    """A 1×1 convolution with bias, as one matrix product an image on a CPU, where that is several times faster."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, 1)
+        nn.init.orthogonal_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, C, H, W)`` to the same shape."""
+        if x.device.type != "cpu":
+            return super().forward(x)
+        assert self.bias is not None
+        product = torch.matmul(self.weight.flatten(1), x.flatten(2))
+        return (product + self.bias.to(product.dtype)[:, None]).view(x.shape)
 
 
 def chronos_(bias: Tensor, horizon: int) -> Tensor:

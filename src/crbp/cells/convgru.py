@@ -53,7 +53,8 @@ class ConvGRU(nn.Module):
         check_shapes(state, drive, self.channels)
         reset, update = torch.sigmoid(self.gates(torch.cat([drive, state], dim=1))).chunk(2, dim=1)
         candidate = torch.tanh(self.candidate(torch.cat([drive, reset * state], dim=1)))
-        return torch.lerp(state, candidate, update)
+        # Under autocast these two may come in a lower precision, which lerp does not promote.
+        return torch.lerp(state, candidate.type_as(state), update.type_as(state))
 
     def readout_of(self, state: Tensor) -> Tensor:
         """What a readout sees of the state: all of it, ``(B, C, H, W)``."""

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from crbp.cells._parts import Norm, check_cell, check_shapes, chronos_, make_norm
+from crbp.cells._parts import Norm, PointwiseConv2d, check_cell, check_shapes, chronos_, make_norm
 
 
 class HGRU(nn.Module):
@@ -53,8 +53,8 @@ class HGRU(nn.Module):
         self.channels = channels
         self.inhibition = nn.Conv2d(channels, channels, kernel_size, padding="same", bias=False)
         self.excitation = nn.Conv2d(channels, channels, kernel_size, padding="same", bias=False)
-        self.inhibition_gate = nn.Conv2d(channels, channels, 1)
-        self.update_gate = nn.Conv2d(channels, channels, 1)
+        self.inhibition_gate = PointwiseConv2d(channels)
+        self.update_gate = PointwiseConv2d(channels)
         self.inhibition_norm = make_norm(norm, channels, scale=norm_scale)
         self.excitation_norm = make_norm(norm, channels, scale=norm_scale)
         self.alpha = nn.Parameter(torch.full((channels, 1, 1), 0.1))
@@ -62,7 +62,7 @@ class HGRU(nn.Module):
         self.kappa = nn.Parameter(torch.full((channels, 1, 1), 0.5))
         self.gamma = nn.Parameter(torch.full((channels, 1, 1), 1.0))
         self.omega = nn.Parameter(torch.full((channels, 1, 1), 0.5))
-        for conv in (self.inhibition, self.excitation, self.inhibition_gate, self.update_gate):
+        for conv in (self.inhibition, self.excitation):
             nn.init.orthogonal_(conv.weight)
         assert self.inhibition_gate.bias is not None
         assert self.update_gate.bias is not None
@@ -79,11 +79,13 @@ class HGRU(nn.Module):
         check_shapes(state, drive, self.channels)
         gated = torch.sigmoid(self.inhibition_gate(state)) * state
         inhibiting = self.inhibition_norm(self.inhibition(gated))
-        inhibited = F.softplus(drive - F.softplus(inhibiting * (self.alpha * state + self.mu)))
+        inhibited = F.softplus(drive - F.softplus(inhibiting * torch.addcmul(self.mu, self.alpha, state)))
         update = torch.sigmoid(self.update_gate(inhibited))
         exciting = self.excitation_norm(self.excitation(inhibited))
-        candidate = F.softplus(self.kappa * inhibited + exciting * (self.gamma + self.omega * inhibited))
-        return F.softplus(torch.lerp(state, candidate, update))
+        candidate = torch.addcmul(self.kappa * inhibited, exciting, torch.addcmul(self.gamma, self.omega, inhibited))
+        candidate = F.softplus(candidate)
+        # Under autocast these two may come in a lower precision, which lerp does not promote.
+        return F.softplus(torch.lerp(state, candidate.type_as(state), update.type_as(state)))
 
     def readout_of(self, state: Tensor) -> Tensor:
         """What a readout sees of the state: all of it, ``(B, C, H, W)``."""

@@ -1,0 +1,175 @@
+"""Writes `configs/pathfinder/*.yaml`: one file per published row of contour tracing, and small ones for two CPU cores.
+
+The rows differ in a line or two each, so they are kept here as data; every file still runs alone. After a change run
+`python configs/make_pathfinder.py`; a test compares the files with what this script would write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+FOLDER = Path(__file__).parent / "pathfinder"
+
+LENGTHS = (9, 14, 20, 25)
+STEPS = {  # of the methods that need a steady state; the others take 6
+    "crbp": {9: 20, 14: 20, 20: 30, 25: 80},
+    "rbp": {9: 20, 14: 20, 20: 20, 25: 50},
+}
+SMALL_KERNELS = {3: 300, 5: 100, 9: 30}  # steps of C-RBP for each kernel size, PF14
+METHODS = {
+    "bptt": "BPTT",
+    "cbptt": "C-BPTT",
+    "rbp": "RBP",
+    "crbp": "C-RBP",
+    "truncated": "BPTT truncated to the last 3 steps",
+    "allsteps": "BPTT, loss at all steps",
+}
+CELLS = {"hgru": "hGRU", "convlstm": "ConvLSTM"}
+PUBLISHED = {  # F1 on validation: peak / last where both are known
+    "pf14_hgru_bptt": ".993 / .992", "pf20_hgru_bptt": ".945 / .940", "pf25_hgru_bptt": ".853 / .846",
+    "pf14_hgru_cbptt": ".993 / .991", "pf20_hgru_cbptt": ".924 / .919", "pf25_hgru_cbptt": ".859 / .837",
+    "pf14_hgru_rbp": ".849 / .676", "pf20_hgru_rbp": ".781 / .614", "pf25_hgru_rbp": ".785 / .529",
+    "pf14_hgru_crbp": ".984 / .963", "pf20_hgru_crbp": ".975 / .919", "pf25_hgru_crbp": ".969 / .960",
+    "pf14_hgru_truncated": ".957", "pf20_hgru_truncated": ".851", "pf25_hgru_truncated": ".761",
+    "pf14_hgru_allsteps": ".990", "pf20_hgru_allsteps": ".933", "pf25_hgru_allsteps": ".839",
+    "pf14_feedforward": ".883", "pf20_feedforward": ".777", "pf25_feedforward": ".721",
+    "pf14_hgru_crbp_k9": ".976", "pf14_hgru_crbp_k5": ".976 / .533", "pf14_hgru_crbp_k3": ".964 / .756",
+    "pf14_hgru_bptt_k9": ".885", "pf14_hgru_bptt_k5": ".753", "pf14_hgru_bptt_k3": ".691",
+    "pf14_convlstm_bptt": ".93", "pf14_convlstm_crbp": ".965",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """The settings that all rows of one scale share."""
+
+    channels: int
+    norm: str
+    norm_scale: float
+    terms: int
+    weight: float
+    trainer: dict[str, Any]
+    task: dict[str, Any]
+    data: dict[str, Any]
+
+
+PAPER = Scale(
+    channels=25,
+    norm="batch",
+    norm_scale=0.1,
+    terms=15,
+    weight=10.0,
+    trainer={"max_epochs": 20, "gradient_clip_val": None},
+    task={"learning_rate": 0.001, "schedule": "constant", "warmup": 0.0},
+    data={"batch_size": 128, "train_size": 189_952, "val_size": 10_000, "flips": True},
+)
+MINI = Scale(
+    channels=16,
+    norm="instance",
+    norm_scale=1.0,
+    terms=10,
+    weight=100.0,
+    trainer={"max_epochs": 5},
+    task={"learning_rate": 0.006, "schedule": "cosine"},
+    data={"batch_size": 32, "train_size": 8_000, "val_size": 500, "test_size": 2_000, "flips": True},
+)
+
+
+def thing(name: str, **settings: Any) -> dict[str, Any]:
+    """One class of crbp and its settings."""
+    return {"class_path": f"crbp.{name}", **({"init_args": settings} if settings else {})}
+
+
+def cell(scale: Scale, kind: str, kernel_size: int, steps: int) -> dict[str, Any]:
+    """A recurrent cell whose gates span the run."""
+    settings: dict[str, Any] = {"channels": scale.channels, "kernel_size": kernel_size, "horizon": steps}
+    if kind == "hgru":
+        return thing("cells.HGRU", **settings, norm=scale.norm, norm_scale=scale.norm_scale)
+    return thing("cells.ConvLSTM", **settings)
+
+
+def gradient(scale: Scale, method: str) -> dict[str, Any]:
+    """How the run is differentiated."""
+    if method in ("rbp", "crbp"):
+        # Where the series grows its best partial sum is taken, and counted in the log; it does not end in silence.
+        return thing("RBP", solver=thing("Neumann", terms=scale.terms), on_divergence="fallback")
+    return thing("TruncatedBPTT", window=3) if method == "truncated" else thing("BPTT")
+
+
+def config(scale: Scale, preset: str, net: dict[str, Any], method: str = "") -> dict[str, Any]:
+    """A whole run."""
+    task: dict[str, Any] = {"net": net}
+    if method in ("cbptt", "crbp"):
+        penalty = {"weight": scale.weight, "bound": 0.9, "reduction": "mean_square"}
+        task["penalty"] = thing("tasks.LipschitzPenalty", **penalty)
+    if method == "allsteps":
+        task["supervision"] = "all"
+    source = thing("tasks.Generated", preset=preset)
+    return {
+        "seed_everything": 0,
+        "trainer": scale.trainer,
+        "model": thing("tasks.ContourTask", **task, **scale.task),
+        "data": thing("tasks.ContourData", source=source, **scale.data),
+    }
+
+
+def recurrent(scale: Scale, preset: str, kind: str, method: str, steps: int, kernel_size: int) -> dict[str, Any]:
+    """A run of a recurrent model."""
+    evolve = {"steps": steps, "gradient": gradient(scale, method)}
+    made = cell(scale, kind, kernel_size, steps)
+    return config(scale, preset, thing("models.PathfinderNet", cell=made, evolve=evolve, norm=scale.norm), method)
+
+
+def feedforward(scale: Scale, preset: str, kernel_size: int) -> dict[str, Any]:
+    """A run of the feed-forward baseline."""
+    settings = {"channels": scale.channels, "kernel_size": kernel_size, "norm": scale.norm}
+    return config(scale, preset, thing("models.FeedForwardNet", **settings))
+
+
+def rows() -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Name, title and content of every file."""
+    for length in LENGTHS:
+        for kind in CELLS:
+            for method, title in METHODS.items():
+                steps = STEPS.get(method, {}).get(length, 6)
+                what = f"PF{length}, {CELLS[kind]}, {title}, {steps} steps"
+                run = recurrent(PAPER, f"pf{length}", kind, method, steps, 15)
+                yield f"pf{length}_{kind}_{method}", what, run
+        yield f"pf{length}_feedforward", f"PF{length}, feed-forward, 6 layers", feedforward(PAPER, f"pf{length}", 15)
+    for size, many in SMALL_KERNELS.items():
+        for method, steps in (("crbp", many), ("bptt", 6)):
+            what = f"PF14, hGRU, {METHODS[method]}, {steps} steps, {size}×{size} kernels"
+            yield f"pf14_hgru_{method}_k{size}", what, recurrent(PAPER, "pf14", "hgru", method, steps, size)
+    for kind, method, steps in (("hgru", "crbp", 12), ("hgru", "bptt", 8), ("convlstm", "crbp", 12)):
+        what = f"32×32 images, {CELLS[kind]}, {METHODS[method]}, {steps} steps; minutes on two CPU cores"
+        yield f"mini_{kind}_{method}", what, recurrent(MINI, "mini", kind, method, steps, 9)
+    what = "32×32 images, feed-forward, 6 layers; minutes on two CPU cores"
+    yield "mini_feedforward", what, feedforward(MINI, "mini", 9)
+
+
+def text(name: str, title: str, content: dict[str, Any]) -> str:
+    """One file."""
+    lines = [f"# {title}."]
+    if name in PUBLISHED:
+        lines.append(f"# Published F1 on validation (peak / last): {PUBLISHED[name]} (Linsley et al., NeurIPS 2020).")
+    lines += [f"# Run it with: crbp fit --config configs/pathfinder/{name}.yaml"]
+    lines += ["# Written by configs/make_pathfinder.py, where all rows stand side by side: change it there."]
+    return "\n".join(lines) + "\n" + yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+
+
+def main() -> None:
+    """Write all files anew."""
+    FOLDER.mkdir(exist_ok=True)
+    for stale in FOLDER.glob("*.yaml"):
+        stale.unlink()
+    for row in rows():
+        (FOLDER / f"{row[0]}.yaml").write_text(text(*row), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

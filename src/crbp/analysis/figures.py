@@ -1,0 +1,122 @@
+"""Figures of a run over time. Each function draws one and returns it; saving is the caller's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # Okabe and Ito: told apart by colour-blind readers
+
+
+def tracing(images: Tensor, masks: Tensor, arrivals: Mapping[str, Tensor], *, steps: int) -> Figure:
+    """One row an image: input, target, and for each model the traced pixels coloured by the step that reached them.
+
+    Args:
+        images: ``(B, 1, H, W)`` in [0, 1].
+        masks: ``(B, H, W)`` of bool.
+        arrivals: model name → ``(B, H, W)``, as `crbp.analysis.arrival_steps` gives them.
+        steps: the last step of the colour scale.
+    """
+    rows, columns = len(images), 2 + len(arrivals)
+    figure = Figure(figsize=(1.75 * columns + 0.7, 1.75 * rows + 0.4), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    shown = None
+    for row in range(rows):
+        picture = images[row, 0].numpy()
+        grid[row, 0].imshow(picture, cmap="gray", vmin=0, vmax=1)
+        grid[row, 1].imshow(masks[row].numpy(), cmap="gray")
+        for column, arrival in enumerate(arrivals.values(), start=2):
+            step = arrival[row].numpy()
+            grid[row, column].imshow(0.45 * picture, cmap="gray", vmin=0, vmax=1)
+            shown = grid[row, column].imshow(np.ma.masked_equal(step, 0), cmap="viridis", vmin=1, vmax=steps)
+    for axes in grid.flat:
+        axes.set_xticks([])
+        axes.set_yticks([])
+    for axes, title in zip(grid[0], ["input", "target", *arrivals], strict=True):
+        axes.set_title(title, fontsize=9)
+    if shown is not None:
+        figure.colorbar(shown, ax=grid[:, 2:], label="reached at step", fraction=0.03)
+    return figure
+
+
+def filmstrip(images: Tensor, probability: Tensor, at: Sequence[int]) -> Figure:
+    """One row an image: the input and the probability of the target after some of the steps.
+
+    Args:
+        images: ``(B, 1, H, W)`` in [0, 1].
+        probability: ``(T, B, H, W)``, after step 1 … T.
+        at: the steps to show, each in 1 … T.
+    """
+    rows, columns = len(images), 1 + len(at)
+    figure = Figure(figsize=(1.45 * columns, 1.45 * rows + 0.3), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for row in range(rows):
+        grid[row, 0].imshow(images[row, 0].numpy(), cmap="gray", vmin=0, vmax=1)
+        for column, step in enumerate(at, start=1):
+            grid[row, column].imshow(probability[step - 1, row].numpy(), cmap="magma", vmin=0, vmax=1)
+    for axes in grid.flat:
+        axes.set_xticks([])
+        axes.set_yticks([])
+    for axes, title in zip(grid[0], ["input", *(f"step {step}" for step in at)], strict=True):
+        axes.set_title(title, fontsize=9)
+    return figure
+
+
+def over_steps(
+    curves: Mapping[str, Tensor], *, trained: int, label: str, level: tuple[str, float] | None = None, log: bool = False
+) -> Figure:
+    """Curves against the step, with the steps trained for shaded.
+
+    Args:
+        curves: model name → ``(T,)``.
+        trained: the number of steps trained for.
+        label: of the vertical axis.
+        level: name and height of a line to compare with.
+        log: logarithmic vertical axis.
+    """
+    figure, axes = _axes()
+    longest = max(len(curve) for curve in curves.values())
+    axes.axvspan(0, trained, color="0.93", zorder=0)
+    axes.text(trained, 1.01, "trained up to here", transform=axes.get_xaxis_transform(), ha="right", fontsize=8)
+    for (name, curve), colour in zip(curves.items(), _COLOURS, strict=False):
+        axes.plot(np.arange(1, len(curve) + 1), curve.numpy(), label=name, color=colour, linewidth=2)
+    if level is not None:
+        axes.axhline(level[1], color="0.5", linestyle=":", label=level[0])
+    if log:
+        axes.set_yscale("log")
+    axes.set(xlabel="step t", ylabel=label, xlim=(0, longest))
+    axes.legend(frameon=False)
+    return figure
+
+
+def memory(steps: Sequence[int], curves: Mapping[str, Sequence[int]]) -> Figure:
+    """Activation memory of a training step against the number of steps of recurrence."""
+    figure, axes = _axes()
+    for (name, found), colour in zip(curves.items(), _COLOURS, strict=False):
+        axes.plot(steps, np.asarray(found) / 2**20, "o-", label=name, color=colour, linewidth=2, markersize=4)
+    axes.set(xlabel="steps of recurrence N", ylabel="saved activations (MiB)", ylim=(0, None))
+    axes.legend(frameon=False)
+    return figure
+
+
+def radii(found: Mapping[str, Tensor]) -> Figure:
+    """Spectral radius of the step's Jacobian at the final state, image by image, in order of size."""
+    figure, axes = _axes()
+    for (name, values), colour in zip(found.items(), _COLOURS, strict=False):
+        ordered = values.sort().values.numpy()
+        axes.plot(np.linspace(0, 100, len(ordered)), ordered, label=name, color=colour, linewidth=2)
+    axes.axhline(1.0, color="0.5", linestyle=":", label="edge of stability")
+    axes.set(xlabel="images (%)", ylabel="spectral radius", xlim=(0, 100))
+    axes.legend(frameon=False)
+    return figure
+
+
+def _axes() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(5.2, 3.4), layout="constrained")
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes

@@ -1,0 +1,175 @@
+"""The command `crbp`: finds the command asked for, imports what it needs and words its mistakes in one line."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from typing import NamedTuple, NoReturn
+
+from crbp import __version__
+from crbp.errors import CrbpError
+
+
+class _Command(NamedTuple):
+    """One command: what it does, an example, and how it is carried out, given the arguments after its name."""
+
+    summary: str
+    example: str
+    run: Callable[[list[str]], None]
+
+
+def _lightning(name: str) -> Callable[[list[str]], None]:
+    def run(arguments: list[str]) -> None:
+        _need("train", "lightning", "jsonargparse", "torchmetrics", "safetensors", "tensorboard", "numba", "PIL")
+        from crbp.tasks.command_line import run
+
+        run([name, *arguments])
+
+    return run
+
+
+def _generate(arguments: list[str]) -> None:
+    _need("data", "numba", "numpy", "PIL", "pyarrow", "rich")
+    options = _generate_parser().parse_args(arguments)
+    _write_data(options)
+
+
+def _demo(arguments: list[str]) -> None:
+    _need("train", "lightning", "jsonargparse", "torchmetrics", "safetensors", "numba", "matplotlib")
+    from crbp.demo import main as demo
+
+    demo(arguments)
+
+
+COMMANDS = {
+    "fit": _Command(
+        "train a model as a configuration says",
+        "crbp fit --config configs/pathfinder/mini_hgru_crbp.yaml",
+        _lightning("fit"),
+    ),
+    "validate": _Command(
+        "measure a checkpoint on the validation split",
+        "crbp validate --config runs/NAME/version_0/config.yaml --ckpt_path FILE.ckpt",
+        _lightning("validate"),
+    ),
+    "test": _Command(
+        "measure a checkpoint on the test split",
+        "crbp test --config runs/NAME/version_0/config.yaml --ckpt_path FILE.ckpt",
+        _lightning("test"),
+    ),
+    "predict": _Command(
+        "write what a checkpoint sees in the test split as PNG files",
+        "crbp predict --config runs/NAME/version_0/config.yaml --ckpt_path FILE.ckpt --out predictions",
+        _lightning("predict"),
+    ),
+    "generate": _Command(
+        "write a data set of contour images",
+        "crbp generate --preset pf14 --size 10000 --split test --out data/pf14",
+        _generate,
+    ),
+    "demo": _Command("see the stable and the unstable way to train side by side", "crbp demo --quick", _demo),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status.
+
+    0 is success, 2 a mistake in what was asked for, told in one line on standard error, and 130 a run that the user
+    broke off. Anything else that goes wrong is a fault of crbp and shows its traceback.
+
+    Args:
+        argv: the arguments without the program's name; None takes those of the process.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(arguments)
+    except CrbpError as error:
+        print(f"crbp: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _dispatch(arguments: list[str]) -> int:
+    name = arguments[0] if arguments else "--help"
+    if name in ("-h", "--help", "help"):
+        print(_help())
+    elif name in ("-V", "--version"):
+        print(f"crbp {__version__}")
+    elif name in COMMANDS:
+        COMMANDS[name].run(arguments[1:])
+    else:
+        raise CrbpError(f"{name!r} is no command of crbp; choose one of {', '.join(COMMANDS)} (see crbp --help)")
+    return 0
+
+
+def _help() -> str:
+    lines = ["usage: crbp COMMAND [OPTIONS]", "", "Train recurrent networks at constant memory, stably."]
+    lines += ["", "commands (crbp COMMAND --help lists the options of one):"]
+    for name, command in COMMANDS.items():
+        lines += [f"  {name:<10}{command.summary}", f"  {'':<10}  {command.example}"]
+    return "\n".join([*lines, "", "options:", "  --version   print the version", "  --help      print this"])
+
+
+def _need(extra: str, *modules: str) -> None:
+    """Raise, naming the extra to install, unless the modules can be imported. They are only looked up here."""
+    missing = [module for module in modules if find_spec(module) is None]
+    if missing:
+        raise CrbpError(
+            f"this command needs {', '.join(missing)}, not installed here; run: pip install 'crbp[{extra}]'"
+        )
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose mistakes are exceptions."""
+
+    def error(self, message: str) -> NoReturn:
+        raise CrbpError(f"{message} (see {self.prog} --help)")
+
+
+def _generate_parser() -> _Parser:
+    from crbp.data.pathfinder import PRESETS, PathfinderConfig
+
+    parser = _Parser(prog="crbp generate", description="Write a data set of contour images, the same on every machine.")
+    parser.add_argument("--out", required=True, help="folder to write to; one per split")
+    parser.add_argument("--preset", choices=sorted(PRESETS), help="task to start from (default: the published pf14)")
+    parser.add_argument("--split", choices=("train", "val", "test"), default="train", help="(default: train)")
+    parser.add_argument("--size", type=int, default=200_000, help="images of the whole set (default: 200000)")
+    parser.add_argument("--seed", type=int, default=0, help="another seed gives other images (default: 0)")
+    parser.add_argument("--format", choices=("folder", "parquet"), default="folder", help="(default: folder)")
+    parser.add_argument("--shard", type=_shard, default=(0, 1), metavar="I/N", help="write part I of N, I from 0")
+    parser.add_argument("--workers", type=int, help="processes (default: the cores at hand)")
+    task = parser.add_argument_group(
+        "settings of the task", "see crbp.data.pathfinder.PathfinderConfig; lengths in pixels"
+    )
+    for field in dataclasses.fields(PathfinderConfig):
+        kind = str if "Literal" in str(field.type) else float if field.type == "float" else int
+        name = f"--{field.name.replace('_', '-')}"
+        task.add_argument(name, type=kind, metavar=kind.__name__.upper(), default=argparse.SUPPRESS)
+    return parser
+
+
+def _shard(text: str) -> tuple[int, int]:
+    index, _, total = text.partition("/")
+    try:
+        return int(index), int(total)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form I/N, such as 0/4") from None
+
+
+def _write_data(options: argparse.Namespace) -> None:
+    from crbp.data.pathfinder import GenerationError, PathfinderConfig, write
+
+    settings = vars(options)
+    names = ("out", "split", "size", "seed", "format", "shard", "workers")
+    chosen = {name: settings.pop(name) for name in names}
+    preset = settings.pop("preset")
+    try:
+        config = PathfinderConfig(**settings) if preset is None else PathfinderConfig.preset(preset, **settings)
+        written = write(config, **chosen)
+    except (ValueError, OSError, GenerationError) as error:
+        raise CrbpError(str(error)) from error
+    print(f"{written.made} images made, {written.kept} kept from before: {written.manifest}")

@@ -1,0 +1,253 @@
+"""Data sets on disk: written in parallel, resumed after a kill, divided among machines, and verified."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from importlib.metadata import version
+from multiprocessing import connection, get_context, parent_process
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from crbp.data._extras import require
+
+require("PIL", "pyarrow")
+
+from crbp.data.errors import DataError  # noqa: E402
+from crbp.data.pathfinder._formats import Job, checksum_path, faults, write_atomic, write_batch  # noqa: E402
+from crbp.data.pathfinder.config import STREAM_VERSION, PathfinderConfig, Split, stream_key  # noqa: E402
+
+
+class Written(NamedTuple):
+    """What a call of `write` did: images made, images found whole from before, and the manifest's path."""
+
+    made: int
+    kept: int
+    manifest: Path
+
+
+def write(
+    config: PathfinderConfig,
+    out: str | Path,
+    *,
+    split: Split,
+    size: int,
+    seed: int,
+    format: Literal["folder", "parquet"] = "folder",
+    shard: tuple[int, int] = (0, 1),
+    batch_size: int = 1000,
+    workers: int | None = None,
+    progress: bool = True,
+) -> Written:
+    """Write the images 0 … `size` − 1 of a split under `out`, so that they survive a kill and can be verified.
+
+    `"folder"` makes `curv_contour_length_L/{imgs,seg,metadata}` as the published sets have it, which
+    `FolderPathfinder` reads; `"parquet"` makes `data/<split>-*.parquet`, which `datasets.load_dataset`
+    reads with images decoded. Both get `checksums/*.sha256`, as `sha256sum -c` takes them, and a manifest.
+
+    Batches found whole are verified and kept, so a call that was killed is simply repeated. The call
+    starts `workers` processes afresh ("spawn"): in a script, keep it under `if __name__ == "__main__":`.
+
+    Args:
+        config: The task.
+        out: The folder; one per split.
+        split: `"train"`, `"val"` or `"test"`.
+        size: Images of the whole set, over all shards.
+        seed: Seed of the set.
+        format: `"folder"` or `"parquet"`.
+        shard: (i, n): write the i-th of n parts, i from 0; the parts are disjoint and make the whole.
+        batch_size: Images a metadata file, checksum file or Parquet file.
+        workers: Processes; the cores at hand by default; 1 works in this process.
+        progress: Whether to show a bar on standard error.
+
+    Raises:
+        ValueError: An argument is out of range.
+        DataError: `out` holds another data set.
+        GenerationError: A picture is too crowded for its settings.
+    """
+    _check(config, split=split, size=size, seed=seed, format=format, shard=shard, batch_size=batch_size)
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers={workers} must be 1 or more")
+    task = {
+        "config": config.to_dict(),
+        "config_digest": config.digest,
+        "stream_version": STREAM_VERSION,
+        "split": split,
+        "seed": seed,
+        "size": size,
+        "format": format,
+        "batch_size": batch_size,
+        "shards": shard[1],
+    }
+    manifest = Path(out) / _manifest_name(shard)
+    _claim(manifest, task, shard)
+    batches = -(-size // batch_size)
+    jobs = [
+        Job(Path(out), config, split, seed, format, k, batches, k * batch_size, min(batch_size, size - k * batch_size))
+        for k in range(shard[0], batches, shard[1])
+    ]
+    images = sum(job.images for job in jobs)
+    with _bar(progress, f"writing {split} images", images) as advance:
+        todo = []
+        for job in jobs:
+            if checksum_path(job).exists() and not faults(job.out, checksum_path(job)):
+                advance(job.images)
+            else:
+                todo.append(job)
+        _run(todo, workers or _cores(), advance)
+    _save_manifest(manifest, task, shard, jobs)
+    made = sum(job.images for job in todo)
+    return Written(made, images - made, manifest)
+
+
+def verify(out: str | Path) -> int:
+    """Check every file of a written data set against its checksum; return the number of images.
+
+    Raises:
+        DataError: There is no manifest, a shard is missing or unfinished, or files are missing or changed;
+            names the first few, and `write` with the same arguments makes them again.
+    """
+    root = Path(out)
+    manifests = {path.name: _load(path) for path in sorted(root.glob("manifest*.json"))}
+    if not manifests:
+        raise DataError(root, "there is no manifest*.json", "give the folder that was written to")
+    again = "write with the same arguments makes again what is missing"
+    shards = next(iter(manifests.values()))["shards"]
+    for k in range(shards):
+        name = _manifest_name((k, shards))
+        if not manifests.get(name, {}).get("complete"):
+            raise DataError(root / name, f"shard {k} of {shards} is missing or unfinished", again)
+    wrong: list[str] = []
+    for manifest in manifests.values():
+        for name, batch in manifest["batches"].items():
+            path = root / name
+            if not path.exists() or _sha256(path) != batch["sha256"]:
+                wrong.append(f"{name} is missing or changed")
+            else:
+                wrong += faults(root, path)
+    if wrong:
+        raise DataError(root, f"{len(wrong)} files are wrong: {'; '.join(wrong[:5])}", again)
+    return sum(int(batch["images"]) for m in manifests.values() for batch in m["batches"].values())
+
+
+def _check(
+    config: PathfinderConfig,
+    *,
+    split: Split,
+    size: int,
+    seed: int,
+    format: str,
+    shard: tuple[int, int],
+    batch_size: int,
+) -> None:
+    stream_key(config, split=split, seed=seed)
+    if format not in ("folder", "parquet"):
+        raise ValueError(f"format={format!r} is unknown; use 'folder' or 'parquet'")
+    if size < 1 or batch_size < 1:
+        raise ValueError(f"size={size} and batch_size={batch_size} must be 1 or more")
+    if not 0 <= shard[0] < shard[1]:
+        raise ValueError(f"shard={shard} is not (i, n) with i from 0 to n - 1")
+
+
+def _manifest_name(shard: tuple[int, int]) -> str:
+    return "manifest.json" if shard[1] == 1 else f"manifest-{shard[0]:05d}-of-{shard[1]:05d}.json"
+
+
+def _claim(manifest: Path, task: dict[str, Any], shard: tuple[int, int]) -> None:
+    """Refuse a folder with another data set in it; else leave an unfinished manifest for others to see."""
+    for path in sorted(manifest.parent.glob("manifest*.json")):
+        found = _load(path)
+        other = sorted(name for name, value in task.items() if found.get(name) != value)
+        if other:
+            raise DataError(path, f"the folder holds a data set of other {', '.join(other)}", "choose another folder")
+    if not manifest.exists():
+        _save(manifest, {**task, "shard": shard[0], "complete": False, "batches": {}})
+
+
+def _save_manifest(manifest: Path, task: dict[str, Any], shard: tuple[int, int], jobs: list[Job]) -> None:
+    batches = {
+        checksum_path(job).relative_to(job.out).as_posix(): {
+            "start": job.start,
+            "images": job.images,
+            "sha256": _sha256(checksum_path(job)),
+        }
+        for job in jobs
+    }
+    _save(
+        manifest,
+        {
+            **task,
+            "shard": shard[0],
+            "complete": True,
+            "images": sum(job.images for job in jobs),
+            "crbp_version": version("crbp"),
+            "batches": batches,
+        },
+    )
+
+
+def _save(path: Path, content: dict[str, Any]) -> None:
+    write_atomic(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(path, f"the manifest is not JSON ({error})", "delete it and write again") from error
+    if not isinstance(content, dict) or "shards" not in content:
+        raise DataError(path, "this is not a manifest of a Pathfinder data set", "choose another folder")
+    return content
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _run(jobs: list[Job], workers: int, advance: Callable[[int], None]) -> None:
+    if workers == 1 or len(jobs) < 2:
+        for job in jobs:
+            advance(write_batch(job))
+        return
+    context = get_context("spawn")  # a forked child of a process with threads may hang
+    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context, initializer=_end_with_parent) as pool:
+        futures = [pool.submit(write_batch, job) for job in jobs]
+        try:
+            for future in as_completed(futures):
+                advance(future.result())
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _end_with_parent() -> None:
+    """Make a worker process end when its parent is killed, which cannot tell it to."""
+    parent = parent_process()
+    if parent is not None:
+        sentinel = parent.sentinel
+
+        def watch() -> None:
+            connection.wait([sentinel])
+            os._exit(1)
+
+        threading.Thread(target=watch, daemon=True).start()
+
+
+@contextmanager
+def _bar(show: bool, what: str, total: int) -> Iterator[Callable[[int], None]]:
+    from rich.console import Console
+    from rich.progress import Progress, TimeRemainingColumn
+
+    columns = (*Progress.get_default_columns()[:-1], TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not show) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda made: bar.advance(task, made)

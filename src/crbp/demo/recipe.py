@@ -1,0 +1,63 @@
+"""The demo's settings: the task, the model, how long it is trained. Found by trial; every one is a number to change."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import crbp
+from crbp.gradients import GradientMethod
+from crbp.models import PathfinderNet
+from crbp.tasks import LipschitzPenalty
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """All that decides what the demo's two models become, but the seed.
+
+    Attributes:
+        preset: of the generator.
+        settings: put in place of the preset's.
+        channels: of the cell.
+        kernel_size: of the cell.
+        steps: N, for both models.
+        terms: of the Neumann series.
+        horizon: of the gates.
+        images: seen by the model trained with C-RBP; the other trains for as long as this takes.
+        batch_size: images of a batch.
+        learning_rate: peak, after a short rise; it then falls to 0 on a cosine.
+        penalty: on the dynamics, of C-RBP alone.
+        validation: images never trained on, on which every number of the report is measured.
+        examples: of these, shown in the figures.
+    """
+
+    preset: str = "mini"
+    settings: dict[str, Any] = field(default_factory=dict)
+    channels: int = 16
+    kernel_size: int = 7
+    steps: int = 12
+    terms: int = 10
+    horizon: int = 3
+    images: int = 12_800
+    batch_size: int = 16
+    learning_rate: float = 6e-3
+    penalty: LipschitzPenalty = LipschitzPenalty(weight=100.0)
+    validation: int = 512
+    examples: int = 6
+
+    def net(self, gradient: GradientMethod) -> PathfinderNet:
+        """A fresh model that is differentiated by ``gradient``."""
+        return PathfinderNet(
+            crbp.cells.HGRU(self.channels, self.kernel_size, norm_scale=1.0, horizon=self.horizon),
+            crbp.Evolve(steps=self.steps, gradient=gradient),
+            target_share=0.05,
+        )
+
+    @property
+    def rbp(self) -> crbp.RBP:
+        """The gradient of C-RBP; a series that grows early in training is cut where its terms were smallest."""
+        return crbp.RBP(crbp.Neumann(terms=self.terms), on_divergence="fallback")
+
+
+FULL = Recipe()
+QUICK = replace(FULL, images=1_280, validation=128)

@@ -1,0 +1,51 @@
+"""Losses on maps of logits; they know nothing of the model that made them."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from crbp._checks import non_negative
+
+
+def focal_loss(logits: Tensor, mask: Tensor, gamma: float = 2.0) -> Tensor:
+    """Two-class softmax focal loss, averaged over all pixels.
+
+    ``L = −mean[(1 − p)^γ log p]`` with ``p`` the softmax probability of a pixel's true class. The factor ``(1 − p)^γ``
+    takes weight from pixels that are already right, which matters where the target covers a hundredth of the image.
+    ``γ = 0`` is the cross-entropy. Computed in float32 at least, from logarithms throughout, so that neither the loss
+    nor its gradient overflows.
+
+    Args:
+        logits: ``(B, 2, H, W)``, background and target.
+        mask: ``(B, H, W)`` of bool, true on the target.
+        gamma: γ, finite and at least 0.
+
+    Returns:
+        A scalar in nats.
+
+    Raises:
+        ValueError: if the shapes do not fit, the mask is not bool, or γ is out of range.
+
+    Source: Lin et al., Focal loss for dense object detection, ICCV 2017.
+    """
+    non_negative("gamma", gamma)
+    check_maps(logits, mask)
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    background, target = F.log_softmax(wide, dim=1).unbind(dim=1)
+    log_right = torch.where(mask, target, background)
+    log_wrong = torch.where(mask, background, target)
+    # As an exponential, (1 − p)^γ keeps a finite slope where 1 − p underflows; a power would not for γ < 1.
+    return -(torch.exp(gamma * log_wrong) * log_right).mean()
+
+
+def check_maps(logits: Tensor, mask: Tensor) -> None:
+    """Raise unless ``logits`` are ``(B, 2, H, W)`` and ``mask`` is ``(B, H, W)`` of bool."""
+    if logits.ndim != 4 or logits.shape[1] != 2:
+        raise ValueError(f"logits must have shape (B, 2, H, W), not {tuple(logits.shape)}")
+    if mask.dtype != torch.bool or mask.shape != (logits.shape[0], *logits.shape[2:]):
+        raise ValueError(
+            f"mask must be bool of shape {(logits.shape[0], *logits.shape[2:])} to fit the logits, not {mask.dtype} "
+            f"of shape {tuple(mask.shape)}"
+        )

@@ -1,0 +1,49 @@
+"""Errors of the configuration parser, which span a dozen lines, as one line that names the key and the cause."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import re
+
+_NOISE = (
+    "Does not validate against any of the Union subtypes",
+    "Subtypes:",
+    "Errors:",
+    "Expected a <class 'NoneType'>",
+    "Expected a path but",
+    "Given value",
+)
+_KEY = re.compile(r'^Parser key "([^"]+)":?')
+_CLASS = re.compile(r"^Problem with given class_path '([^']+)':?")
+_MISSING = re.compile(r"module '([\w.]+)' has no attribute '(\w+)'")
+
+
+def one_line(error: BaseException) -> str:
+    """The keys that lead to the mistake, the class it was made in, and what is wrong."""
+    keys: list[str] = []
+    where = ""
+    rest: list[str] = []
+    for line in str(error).splitlines():
+        text = line.strip().removeprefix("- ")
+        if text.startswith(_NOISE):
+            continue
+        while match := _KEY.match(text) or _CLASS.match(text):
+            if match.re is _KEY:
+                keys.append(match[1])
+            else:
+                where = match[1]
+            text = text[match.end() :].strip()
+        rest.append(text)
+    message = " ".join(text for text in rest if text) or " ".join(str(error).split()) or type(error).__name__
+    parts = [".".join(keys), where, message]
+    return ": ".join(part for part in parts if part) + _known_names(message)
+
+
+def _known_names(message: str) -> str:
+    """What a module has that comes close, where a name was asked of it that it does not have."""
+    if (match := _MISSING.search(message)) is None or not match[1].startswith("crbp"):
+        return ""
+    names = getattr(importlib.import_module(match[1]), "__all__", ())
+    close = difflib.get_close_matches(match[2], [name for name in names if name[0].isupper()], n=4, cutoff=0)
+    return f"; it has {', '.join(close)}" if close else ""

@@ -1,0 +1,238 @@
+"""`crbp fit | validate | test | predict`: Lightning's command line with the defaults and the error messages of crbp."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pickle
+import warnings
+from argparse import ArgumentError
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from crbp.data.pathfinder import DataError, GenerationError
+from crbp.errors import CrbpError
+from crbp.tasks._messages import one_line
+from crbp.tasks.predictions import PredictionWriter
+from crbp.tasks.weights import Origin, SafetensorsExport
+
+COMMANDS = ("fit", "validate", "test", "predict")
+
+_MONITOR = "val/f1"
+_UNNAMED = "unnamed"
+_TRAINER_DEFAULTS: dict[str, Any] = {
+    "default_root_dir": "runs",
+    "logger": {
+        "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+        "init_args": {"save_dir": "runs", "name": _UNNAMED},
+    },
+    # A Neumann series on dynamics that do not contract yet can make a single gradient very long.
+    "gradient_clip_val": 1.0,
+    # The spectral radius is estimated in validation and needs a graph there.
+    "inference_mode": False,
+    # Deterministic kernels where there are any; the others are named in a warning rather than refused.
+    "deterministic": "warn",
+}
+_EXPECTED_WARNINGS = (
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own use of torch, harmless
+    "Checkpoint directory .* exists and is not empty",  # a resumed run goes on in its folder
+)
+_MISTAKES = (ArgumentError, CrbpError, MisconfigurationException, ValueError, TypeError, OSError, ImportError)
+
+
+def run(arguments: list[str]) -> None:
+    """Carry out one of `COMMANDS`, the first of the arguments.
+
+    Raises:
+        CrbpError: for a mistake in the arguments, the configuration or a checkpoint, in one line.
+        KeyboardInterrupt: if the user broke off the run, which has been shut down in order.
+    """
+    for message in _EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
+    try:
+        _CommandLine(args=arguments)
+    except (MisconfigurationException, DataError, GenerationError) as error:  # what a run can hold against its settings
+        raise CrbpError(one_line(error)) from error
+
+
+class _CommandLine(LightningCLI):
+    def __init__(self, args: list[str]) -> None:
+        super().__init__(
+            pl.LightningModule,
+            pl.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults=_TRAINER_DEFAULTS,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            args=args,
+        )
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Let mistakes come back as exceptions, so that they are worded in one place."""
+        return super().init_parser(exit_on_error=False, **kwargs)
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "predict":
+            parser.add_argument("--out", type=str, default="predictions", help="Folder to write PNG files to.")
+            # They go to disk batch by batch; kept as well, they would fill the memory.
+            parser.set_defaults({"return_predictions": False})
+        return parser
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and say in one line what is wrong."""
+        try:
+            self.config = parser.parse_args(args)
+        except (ArgumentError, ValueError, TypeError, OSError) as error:
+            raise CrbpError(
+                f"{one_line(error)} (see crbp {_command(args)} --help, and configs/ for examples)"
+            ) from error
+
+    def _parse_ckpt_path(self) -> None:
+        """Look at the checkpoint before anything is built; what it says of settings does not override the config's."""
+        path = self._settings.get("ckpt_path")
+        if path is None or path in ("last", "best", "hpc"):
+            self._weights = None
+            return
+        self._weights = _read_checkpoint(Path(path))
+
+    def before_instantiate_classes(self) -> None:
+        """Name the run after its configuration, let a resumed one go on in its folder, and use the cores once."""
+        logger = getattr(self._settings.trainer.logger, "init_args", None)
+        if logger is not None and logger.get("name") == _UNNAMED:
+            logger.name = self._name
+            run = Path(self._settings.get("ckpt_path") or "").absolute().parent.parent
+            if self.subcommand == "fit" and run.parent == Path(logger.save_dir, logger.name).absolute():
+                logger.version = run.name
+        _set_threads()
+
+    def instantiate_classes(self) -> None:
+        """Build model, data and trainer, and say in one line which value one of them refused."""
+        try:
+            self.config_init = self.parser.instantiate(self.config)
+            self.datamodule = self._get(self.config_init, "data")
+            self.model = self._get(self.config_init, "model")
+            self.trainer = self.instantiate_trainer()
+        except _MISTAKES as error:
+            raise CrbpError(one_line(error)) from error
+
+    def after_instantiate_classes(self) -> None:
+        """Compare the checkpoint with the model."""
+        if self._weights is not None:
+            _check_fit(self._weights, self.model.state_dict(), self._settings.ckpt_path)
+            self._weights = None
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """The trainer, with the callbacks that its settings leave room for."""
+        given = self._get(self.config_init, "trainer").callbacks or []
+        given = given if isinstance(given, list) else [given]
+        return super().instantiate_trainer(callbacks=[*given, *self._callbacks(given)], **kwargs)
+
+    def _callbacks(self, given: list[Callback]) -> list[Callback]:
+        settings = self._settings.trainer
+        if self.subcommand == "predict":
+            return [PredictionWriter(self._settings.out)]
+        if self.subcommand != "fit":
+            return []
+        chosen: list[Callback] = []
+        if settings.logger is not False:
+            chosen.append(LearningRateMonitor(logging_interval="step"))
+        if settings.enable_checkpointing is not False and not settings.fast_dev_run:
+            if not any(isinstance(callback, ModelCheckpoint) for callback in given):
+                chosen.append(
+                    ModelCheckpoint(
+                        filename="best", monitor=_MONITOR, mode="max", save_last=True, enable_version_counter=False
+                    )
+                )
+            if (origin := self._origin()) is not None:
+                chosen.append(SafetensorsExport(origin, monitor=_MONITOR))
+        return chosen
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except SystemExit:
+            if self.trainer.interrupted:  # the trainer turns Ctrl+C into an exit with status 1
+                raise KeyboardInterrupt from None
+            raise
+
+    @property
+    def _settings(self) -> Any:
+        """The configuration of the command that runs."""
+        return self.config[self.config.subcommand]
+
+    @property
+    def _name(self) -> str:
+        """The name of the first configuration file."""
+        files = self._settings.get("config") or []
+        return Path(str(files[0])).stem if files else _UNNAMED
+
+    def _origin(self) -> Origin | None:
+        """What the exported weights are to say about themselves; None for a task that has no `net`."""
+        run = json.loads(self._parser(self.subcommand).dump(self._settings, skip_none=False, format="json"))
+        net = run["model"].get("init_args", {}).get("net")
+        return Origin(net=net, run=run, name=self._name) if net is not None else None
+
+
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    return "litlogger" not in record.getMessage()
+
+
+def _command(args: Any) -> str:
+    return args[0] if isinstance(args, list) and args else "fit"
+
+
+def _set_threads() -> None:
+    """As many threads as this process may use cores, unless the user has said how many.
+
+    Torch counts the machine's cores, of which a container or a batch system may lend only some; more threads than
+    cores cost up to ten times the time.
+    """
+    if "OMP_NUM_THREADS" not in os.environ and hasattr(os, "sched_getaffinity"):
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+    if torch.cuda.is_available():
+        # Convolutions take TF32 already; matrix products are to be no different.
+        torch.set_float32_matmul_precision("high")
+
+
+def _read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
+    """The weights in a checkpoint of Lightning's."""
+    if not path.is_file():
+        raise CrbpError(f"the checkpoint {path} does not exist; crbp fit writes best.ckpt and last.ckpt under runs/")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        weights: dict[str, torch.Tensor] = checkpoint["state_dict"]
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, ValueError, KeyError, TypeError) as error:
+        raise CrbpError(
+            f"the checkpoint {path} cannot be read: it is damaged, or not a .ckpt file that crbp fit wrote"
+        ) from error
+    return weights
+
+
+def _check_fit(weights: dict[str, torch.Tensor], model: dict[str, torch.Tensor], path: str) -> None:
+    wrong = [
+        *(f"{key} is missing" for key in model if key not in weights),
+        *(f"{key} is unknown" for key in weights if key not in model),
+        *(
+            f"{key} has shape {tuple(weights[key].shape)} instead of {tuple(tensor.shape)}"
+            for key, tensor in model.items()
+            if key in weights and weights[key].shape != tensor.shape
+        ),
+    ]
+    if wrong:
+        raise CrbpError(
+            f"the checkpoint {path} does not fit the model of this configuration: {wrong[0]}"
+            + (f", and {len(wrong) - 1} more" if len(wrong) > 1 else "")
+            + "; use the config.yaml that was saved beside it"
+        )

@@ -1,0 +1,255 @@
+"""Contour tracing as a training task: loss, penalty, what is logged, optimiser and schedule."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, get_args
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+
+import crbp
+from crbp._checks import choice, non_negative, share
+from crbp.losses import focal_loss
+from crbp.metrics import contour_metrics
+from crbp.models import Prediction
+from crbp.solvers import StopReason
+from crbp.tasks.penalties import Penalty
+
+Supervision = Literal["last", "all"]
+Schedule = Literal["cosine", "constant"]
+Batch = dict[str, Tensor]
+
+_FAILED = (StopReason.DIVERGED, StopReason.NOT_FINITE)
+
+
+class ContourTask(pl.LightningModule):
+    """Train a network to say of each pixel whether it lies on the marked contour.
+
+    ``loss = focal + weight · penalty``, minimised by Adam. A batch is ``{"image": (B, 1, H, W) in [0, 1], "mask":
+    (B, H, W) of bool}``. The learning rate rises linearly from 0 over the first ``warmup · T`` of all ``T`` optimiser
+    steps and then stays or follows ``½ (1 + cos(π t / T))``.
+
+    Logged in training, under ``train/``: ``loss``, ``focal``, ``penalty``, ``residual`` of the last step; of the
+    backward solve ``backward_terms``, ``backward_residual``, and, counted over an epoch, ``backward_failed`` (diverged
+    or not finite) and ``backward_fell_back``. In validation and test: ``loss``, the numbers of
+    `crbp.metrics.contour_metrics` over all pixels of all processes, ``residual``, ``penalty``, and of the first batch
+    ``spectral_radius``, with ``spectral_radius_converged`` 0 where that estimate is not to be trusted.
+
+    Args:
+        net: maps images to a `crbp.models.Prediction`; a recurrent one has its `crbp.Evolve` as the attribute
+            ``evolve``, as `crbp.models.PathfinderNet` does.
+        penalty: on the dynamics, such as `LipschitzPenalty`; None for none.
+        supervision: ``"last"``, the loss sees the last step; ``"all"``, its mean over every step, which needs
+            `crbp.BPTT`.
+        gamma: of the focal loss; see `crbp.losses.focal_loss`.
+        learning_rate: peak of the schedule.
+        weight_decay: of Adam, added to the gradient.
+        schedule: what follows the warm-up.
+        warmup: share of all optimiser steps over which the rate rises, in [0, 1).
+        spectral_radius: estimate it in every validation; up to 100 vector-Jacobian products on one batch.
+        predict_steps: let `predict_step` return the maps of every step as well.
+
+    Raises:
+        ValueError: for values out of range, or ones that do not go together.
+
+    Source: Linsley et al., Stable and expressive recurrent vision models, NeurIPS 2020.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        *,
+        penalty: Penalty | None = None,
+        supervision: Supervision = "last",
+        gamma: float = 2.0,
+        learning_rate: float = 1e-3,
+        weight_decay: float = 0.0,
+        schedule: Schedule = "cosine",
+        warmup: float = 0.02,
+        spectral_radius: bool = True,
+        predict_steps: bool = False,
+    ) -> None:
+        super().__init__()
+        choice("supervision", supervision, get_args(Supervision))
+        choice("schedule", schedule, get_args(Schedule))
+        non_negative("gamma", gamma)
+        non_negative("weight_decay", weight_decay)
+        share("warmup", warmup)
+        if not (math.isfinite(learning_rate) and learning_rate > 0):
+            raise ValueError(f"learning_rate must be finite and above 0, not {learning_rate!r}")
+        _check_net(net, penalty, supervision, predict_steps)
+        # Only numbers and words: a checkpoint then holds no pickled object and loads with weights_only=True.
+        self.save_hyperparameters(ignore=["net", "penalty"])
+        self.net = net
+        self.penalty = penalty
+        self.supervision, self.gamma = supervision, gamma
+        self.learning_rate, self.weight_decay = learning_rate, weight_decay
+        self.schedule, self.warmup = schedule, warmup
+        self.spectral_radius, self.predict_steps = spectral_radius, predict_steps
+        self.val_metrics = contour_metrics().clone(prefix="val/")
+        self.test_metrics = contour_metrics().clone(prefix="test/")
+        self._report: crbp.Report | None = None
+        self._rng: dict[str, Tensor] | None = None
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Probability ``(B, H, W)`` of each pixel of the images ``(B, 1, H, W)`` to lie on the marked contour."""
+        return _probability(self.net(image).logits)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The loss of a batch."""
+        every_step = self.supervision == "all"
+        prediction: Prediction = self.net(batch["image"], every_step=True) if every_step else self.net(batch["image"])
+        focal = self._focal(prediction, batch["mask"])
+        values = {"train/focal": focal}
+        loss = focal
+        if self.penalty is not None:
+            assert prediction.run is not None  # checked when the task was made
+            values["train/penalty"] = penalty = self.penalty(prediction.run)
+            loss = focal + self.penalty.weight * penalty
+        if prediction.run is not None:
+            self._report = prediction.run.report
+            self.log("train/residual", self._report.residual)
+        self.log("train/loss", loss, prog_bar=True)
+        self.log_dict(values)
+        return loss
+
+    def on_after_backward(self) -> None:
+        """Log how the backward equation was solved, which is known only now."""
+        backward = self._report.backward if self._report is not None else None
+        self._report = None
+        if backward is None:
+            return
+        self.log("train/backward_terms", float(backward.terms))
+        self.log("train/backward_residual", backward.residual)
+        counted: dict[str, Any] = {"on_step": False, "on_epoch": True, "reduce_fx": "sum", "sync_dist": True}
+        self.log("train/backward_failed", float(backward.stop in _FAILED), **counted)
+        self.log("train/backward_fell_back", float(backward.fell_back), **counted)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Count the pixels of a batch and log what its run did."""
+        self._evaluate("val", batch, batch_idx)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Like `validation_step`, under ``test/``."""
+        self._evaluate("test", batch, batch_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics over all pixels."""
+        values = self.val_metrics.compute()
+        self.log("val/f1", values.pop("val/f1"), prog_bar=True)
+        self.log_dict(values)
+        self.val_metrics.reset()
+
+    def on_test_epoch_end(self) -> None:
+        """Log the metrics over all pixels."""
+        self.log_dict(self.test_metrics.compute())
+        self.test_metrics.reset()
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """``"probability"``, ``(B, H, W)`` in [0, 1], and, where asked for, that of ``"steps"``, ``(B, N, H, W)``."""
+        if not self.predict_steps:
+            return {"probability": self(batch["image"])}
+        prediction: Prediction = self.net(batch["image"], every_step=True)
+        assert prediction.steps is not None
+        steps = torch.stack([_probability(logits) for logits in prediction.steps], dim=1)
+        return {"probability": _probability(prediction.logits), "steps": steps}
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Adam, and a factor on its rate for every step."""
+        optimizer = torch.optim.Adam(self.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay)
+        total = self.trainer.estimated_stepping_batches
+        if (self.schedule == "cosine" or self.warmup) and not (math.isfinite(total) and total > 0):
+            raise ValueError(
+                "the learning-rate schedule needs to know the number of steps; set trainer.max_epochs or "
+                "trainer.max_steps, or choose schedule='constant' with warmup=0"
+            )
+        rising = round(self.warmup * total) if self.warmup else 0
+
+        def factor(step: int) -> float:
+            rise = min(1.0, (step + 1) / (rising + 1))
+            fall = (1 + math.cos(math.pi * min(step / total, 1.0))) / 2 if self.schedule == "cosine" else 1.0
+            return rise * fall
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save the state of the random numbers, so that a net that draws some resumes exactly too."""
+        checkpoint["rng"] = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            checkpoint["rng"]["cuda"] = torch.cuda.get_rng_state(self.device)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the state of the random numbers until training starts."""
+        self._rng = checkpoint.get("rng")
+
+    def on_train_start(self) -> None:
+        """Take up the random numbers where the checkpoint left them."""
+        if self._rng is None:
+            return
+        torch.set_rng_state(self._rng["cpu"].cpu())
+        if self.device.type == "cuda" and "cuda" in self._rng:
+            torch.cuda.set_rng_state(self._rng["cuda"].cpu(), self.device)
+        self._rng = None
+
+    def _focal(self, prediction: Prediction, mask: Tensor) -> Tensor:
+        if prediction.steps is None:
+            return focal_loss(prediction.logits, mask, self.gamma)
+        steps = prediction.steps
+        return focal_loss(steps.flatten(0, 1), mask.expand(len(steps), *mask.shape).flatten(0, 1), self.gamma)
+
+    def _evaluate(self, stage: Literal["val", "test"], batch: Batch, batch_idx: int) -> None:
+        image, mask = batch["image"], batch["mask"]
+        prediction: Prediction = self.net(image)
+        (self.val_metrics if stage == "val" else self.test_metrics).update(prediction.logits, mask)
+        averaged: dict[str, Any] = {"on_epoch": True, "sync_dist": True, "batch_size": len(image)}
+        self.log(f"{stage}/loss", focal_loss(prediction.logits, mask, self.gamma), **averaged)
+        run = prediction.run
+        if run is None:
+            return
+        self.log(f"{stage}/residual", run.report.residual, **averaged)
+        # Random numbers of its own: those that training draws do not depend on how often it is validated.
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(batch_idx)
+            if self.penalty is not None:
+                self.log(f"{stage}/penalty", self.penalty(run), **averaged)
+            if self.spectral_radius and batch_idx == 0 and not self.trainer.sanity_checking:
+                self._log_spectral_radius(stage, run)
+
+    def _log_spectral_radius(self, stage: str, run: crbp.Run) -> None:
+        if torch.is_inference_mode_enabled():
+            raise crbp.CrbpError(
+                "the spectral radius needs a graph, which inference mode rules out; use Trainer(inference_mode=False) "
+                "or spectral_radius=False"
+            )
+        found = crbp.spectral_radius(run)
+        worst: dict[str, Any] = {"on_epoch": True, "sync_dist": True, "batch_size": 1}
+        self.log(f"{stage}/spectral_radius", found.radius, reduce_fx="max", **worst)
+        self.log(f"{stage}/spectral_radius_converged", found.converged.float(), reduce_fx="min", **worst)
+
+
+def _probability(logits: Tensor) -> Tensor:
+    return logits.float().softmax(dim=1)[:, 1]
+
+
+def _check_net(net: nn.Module, penalty: Penalty | None, supervision: Supervision, predict_steps: bool) -> None:
+    """Raise where the network cannot do what is asked of it."""
+    evolve = getattr(net, "evolve", None)
+    if not isinstance(evolve, crbp.Evolve):
+        asked = [("a penalty", penalty is not None), ("supervision='all'", supervision == "all")]
+        asked.append(("predict_steps", predict_steps))
+        for name, needed in asked:
+            if needed:
+                raise ValueError(
+                    f"{name} needs a recurrent network, whose attribute `evolve` is a crbp.Evolve; "
+                    f"{type(net).__name__} has none"
+                )
+        return
+    if supervision == "all" and not isinstance(evolve.gradient, crbp.BPTT):
+        raise ValueError(
+            "supervision='all' needs a gradient method that keeps the graph of every step: crbp.BPTT(), not "
+            f"{evolve.gradient!r}"
+        )

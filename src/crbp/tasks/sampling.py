@@ -1,0 +1,132 @@
+"""The order of the images as a pure function of seed and epoch, so that a run resumes exactly where it stopped."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+if TYPE_CHECKING:
+    from crbp.data.pathfinder import Sample
+
+
+class Key(NamedTuple):
+    """Which image a batch asks for, and how it is turned over."""
+
+    item: int
+    flip_x: bool
+    flip_y: bool
+
+
+class EpochSampler(DistributedSampler[Key]):
+    """Each process's share of an epoch, flips included: a function of ``(seed, epoch)`` and nothing else.
+
+    Process ``r`` of ``n`` takes every ``n``-th image from ``r`` on, so that all processes together see the batches
+    that one process would with ``n`` times the batch. Shuffled epochs leave out the last few images where they do not
+    divide evenly; ordered ones give every image to exactly one process, none twice.
+
+    Args:
+        size: images of an epoch, over all processes.
+        seed: of order and flips.
+        shuffle: draw a new order every epoch.
+        flips: turn each image over, left to right and top to bottom, with probability ½ each.
+        rank: of this process.
+        world_size: number of processes.
+    """
+
+    def __init__(self, size: int, *, seed: int, shuffle: bool, flips: bool, rank: int = 0, world_size: int = 1) -> None:
+        # A DistributedSampler by name, so that Lightning leaves it in place instead of wrapping it into another.
+        super().__init__(_Sized(size), num_replicas=world_size, rank=rank, shuffle=shuffle, seed=seed)
+        self.size, self.flips = size, flips
+        self.start = 0  # images of this process's share to leave out, where an epoch is resumed
+
+    def __len__(self) -> int:
+        """Images of this process in a whole epoch."""
+        whole = self.size - self.size % self.num_replicas if self.shuffle else self.size
+        return len(range(self.rank, whole, self.num_replicas))
+
+    def __iter__(self) -> Iterator[Key]:
+        """The share of this process in the current epoch, from ``start`` on."""
+        # torch's generator reads 32 bits of a seed, so seed and epoch are mixed before and not side by side.
+        digest = hashlib.blake2b(f"{self.seed} {self.epoch}".encode(), digest_size=4).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+        order = torch.randperm(self.size, generator=generator) if self.shuffle else torch.arange(self.size)
+        flips = torch.randint(2, (self.size, 2), generator=generator) * int(self.flips)
+        share = slice(self.rank + self.start * self.num_replicas, self.rank + len(self) * self.num_replicas)
+        mine = (order[share][:: self.num_replicas].tolist(), flips[share][:: self.num_replicas].tolist())
+        for item, (flip_x, flip_y) in zip(*mine, strict=True):
+            yield Key(item, bool(flip_x), bool(flip_y))
+
+
+@dataclass(frozen=True)
+class _Sized(Dataset[None]):
+    size: int
+
+    def __len__(self) -> int:
+        return self.size
+
+
+class Flipped(Dataset["Sample"]):
+    """A data set asked by `Key`: the image and mask at an index, turned over as the key says.
+
+    Args:
+        items: maps an index to ``{"image": (1, H, W), "mask": (H, W), "label": int}``.
+    """
+
+    def __init__(self, items: Dataset[Sample]) -> None:
+        self.items = items
+
+    def __getitem__(self, key: Key) -> Sample:
+        """The item at ``key.item``, with image and mask turned over alike."""
+        return _turned(self.items[key.item], key)
+
+    def __getitems__(self, keys: Sequence[Key]) -> list[Sample]:
+        """The items of a batch, made together where the data set can."""
+        together = getattr(self.items, "__getitems__", None)
+        if together is None:
+            return [self[key] for key in keys]
+        return [_turned(item, key) for item, key in zip(together([key.item for key in keys]), keys, strict=True)]
+
+
+def _turned(item: Sample, key: Key) -> Sample:
+    axes = [axis for axis, flip in ((-1, key.flip_x), (-2, key.flip_y)) if flip]
+    return {**item, "image": item["image"].flip(axes), "mask": item["mask"].flip(axes)} if axes else item
+
+
+class ResumableLoader(DataLoader[Any]):
+    """A loader over an `EpochSampler` that a checkpoint can take up again in the middle of an epoch.
+
+    `ContourData` saves `state_dict` with every checkpoint. The order of an epoch being known beforehand, the epoch
+    and the number of batches handed out are all there is to save.
+    """
+
+    sampler: EpochSampler
+
+    def __init__(self, items: Flipped, sampler: EpochSampler, **settings: Any) -> None:
+        super().__init__(items, sampler=sampler, **settings)
+        self._given = 0
+        self._resume: tuple[int, int] | None = None
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # a generator: the epoch is read on the first batch
+        """The batches of the sampler's epoch, or the rest of them where that epoch was interrupted."""
+        self._given = 0
+        if self._resume is not None and self._resume[0] == self.sampler.epoch:
+            self._given = self._resume[1]
+        self._resume = None
+        assert self.batch_size is not None
+        self.sampler.start = self._given * self.batch_size
+        for batch in super().__iter__():
+            self._given += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the current epoch stands."""
+        return {"epoch": self.sampler.epoch, "batches": self._given}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Take up the epoch that ``state`` was saved in at the batch after the last one handed out."""
+        self._resume = (state["epoch"], state["batches"])

@@ -1,0 +1,170 @@
+"""Trained weights as `.safetensors` files that carry their configuration, and the way back to a network."""
+
+from __future__ import annotations
+
+import json
+from argparse import ArgumentError
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from jsonargparse import ArgumentParser
+from lightning.pytorch.trainer.states import TrainerFn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import crbp
+from crbp.tasks._messages import one_line
+
+_PREFIX = "net."
+
+
+class WeightsError(crbp.CrbpError, ValueError):
+    """A file of weights cannot be read, or does not fit the network that its configuration describes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """What a file of weights says about itself.
+
+    Attributes:
+        net: the network, ``{"class_path": …, "init_args": …}`` of plain values; what it is rebuilt from.
+        run: the whole configuration of the run that trained it, where there was one.
+        name: of that configuration.
+    """
+
+    net: Mapping[str, Any]
+    run: Mapping[str, Any] = field(default_factory=dict)
+    name: str = ""
+
+    def metadata(self) -> dict[str, str]:
+        """The texts that the file carries."""
+        return {
+            "format": "pt",
+            "crbp.version": crbp.__version__,
+            "crbp.name": self.name,
+            "crbp.net": json.dumps(self.net),
+            "crbp.run": json.dumps(self.run),
+        }
+
+
+def save_net(state: Mapping[str, Tensor], path: str | Path, origin: Origin) -> None:
+    """Write the weights of a network and what it takes to rebuild it.
+
+    The file appears under its name only once it is complete.
+
+    Args:
+        state: the network's ``state_dict()``.
+        path: of the file to write.
+        origin: what it is rebuilt from.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".part")
+    # A copy of each tensor: the format refuses views and tensors that share memory.
+    save_file({key: value.detach().cpu().clone() for key, value in state.items()}, unfinished, origin.metadata())
+    unfinished.replace(path)
+
+
+def load_net(path: str | Path, *, trust: Sequence[str] = ("crbp",)) -> nn.Module:
+    """Rebuild the network that a file of weights was saved from, in evaluation mode, on the CPU.
+
+    Nothing is unpickled. The classes named in the file are imported, so only those from packages in ``trust`` are.
+
+    Args:
+        path: of a `.safetensors` file that `save_net` or `SafetensorsExport` wrote.
+        trust: packages whose classes the file may name; add your own where the cell is yours.
+
+    Raises:
+        WeightsError: if the file cannot be read, was not written by crbp, names a class outside ``trust``, or does
+            not fit the network that its configuration describes.
+    """
+    net_config, state = _read(Path(path))
+    for name in _class_paths(net_config):
+        if name.split(".")[0] not in trust:
+            raise WeightsError(f"{path} names the class {name}; pass trust=(…, {name.split('.')[0]!r}) if you trust it")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(nn.Module, "net", required=True)
+    try:
+        net = parser.instantiate(parser.parse_object({"net": net_config})).net
+    except (ArgumentError, ValueError, TypeError) as error:
+        raise WeightsError(
+            f"the network described in {path} cannot be built by crbp {crbp.__version__}: {one_line(error)}"
+        ) from error
+    assert isinstance(net, nn.Module)
+    try:
+        net.load_state_dict(state)
+    except RuntimeError as error:
+        raise WeightsError(
+            f"the weights in {path} do not fit the network described beside them: {' '.join(str(error).split())}"
+        ) from error
+    return net.eval()
+
+
+def _read(path: Path) -> tuple[Any, dict[str, Tensor]]:
+    if not path.is_file():
+        raise WeightsError(f"{path} does not exist; crbp fit writes best.safetensors and last.safetensors")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a mapping
+        config = json.loads(metadata["crbp.net"])
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise WeightsError(f"{path} cannot be read ({error}); copy or export it again") from error
+    except KeyError:
+        raise WeightsError(f"{path} does not say which network it is of; save it with crbp.tasks.save_net") from None
+    return config, state
+
+
+def _class_paths(config: Any) -> Iterator[str]:
+    """Every class that a configuration names."""
+    if isinstance(config, Mapping):
+        if "class_path" in config:
+            yield str(config["class_path"])
+        for value in config.values():
+            yield from _class_paths(value)
+    elif isinstance(config, list):
+        for value in config:
+            yield from _class_paths(value)
+
+
+class SafetensorsExport(pl.Callback):
+    """Keep ``weights/best.safetensors`` and ``weights/last.safetensors`` beside the logs of a run.
+
+    Both are brought up to date at the end of every validation; `load_net` reads them.
+
+    Args:
+        origin: of the network.
+        monitor: what to call best, larger being better.
+    """
+
+    def __init__(self, origin: Origin, *, monitor: str = "val/f1") -> None:
+        self.origin, self.monitor = origin, monitor
+        self.best: float | None = None
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the weights of this moment, and as best ones where they are."""
+        if trainer.state.fn is not TrainerFn.FITTING or trainer.sanity_checking or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        # Asked for on every process, since a sharded model has to be gathered by all of them.
+        state = trainer.strategy.lightning_module_state_dict()
+        folder = Path(trainer.log_dir or trainer.default_root_dir) / "weights"
+        score = trainer.callback_metrics.get(self.monitor)
+        better = score is not None and (self.best is None or float(score) > self.best)
+        if score is not None and better:
+            self.best = float(score)
+        if trainer.is_global_zero:
+            weights = {key.removeprefix(_PREFIX): value for key, value in state.items() if key.startswith(_PREFIX)}
+            for file in ("last", "best") if better else ("last",):
+                save_net(weights, folder / f"{file}.safetensors", self.origin)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best score so far, so that a resumed run does not replace better weights by worse ones."""
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the best score up again."""
+        self.best = state_dict["best"]

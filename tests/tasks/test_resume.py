@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from tiny_contours import LEAF_SPEC, tiny_data, tiny_task, trainer
+
+from crbp.tasks import FrobeniusPenalty
+from crbp.tasks.sampling import EpochSampler
+
+pytestmark = [
+    pytest.mark.filterwarnings(LEAF_SPEC),
+    # Meant: a resumed run goes on in its own folder.
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+]
+
+
+def order(**settings: Any) -> list[Any]:
+    epoch = settings.pop("epoch", 0)
+    sampler = EpochSampler(**{"size": 23, "seed": 3, "shuffle": True, "flips": True, **settings})
+    sampler.set_epoch(epoch)
+    return list(sampler)
+
+
+def test_order_is_a_function_of_seed_and_epoch() -> None:
+    assert order() == order()
+    assert order() != order(epoch=1)
+    assert order() != order(seed=4)
+    assert sorted(key.item for key in order()) == list(range(23))
+    assert order(seed=2, epoch=3) != order(seed=3, epoch=2)
+
+
+def test_flips_are_drawn_only_where_asked_for() -> None:
+    assert {key[1:] for key in order(size=100)} == {(a, b) for a in (False, True) for b in (False, True)}
+    assert {key[1:] for key in order(flips=False)} == {(False, False)}
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_processes_share_the_batches_of_one(world_size: int) -> None:
+    shares = [order(rank=rank, world_size=world_size) for rank in range(world_size)]
+    whole = order()
+    for batch in range(2):
+        together = {key for share in shares for key in share[3 * batch : 3 * (batch + 1)]}
+        assert together == set(whole[3 * world_size * batch : 3 * world_size * (batch + 1)])
+    assert len({len(share) for share in shares}) == 1
+
+
+def test_ordered_shares_hold_every_image_once() -> None:
+    shares = [order(rank=rank, world_size=4, shuffle=False, flips=False) for rank in range(4)]
+    assert sorted(key.item for share in shares for key in share) == list(range(23))
+
+
+def test_flips_turn_image_and_mask_alike() -> None:
+    plain = tiny_data(flips=False).train_dataloader()
+    data = tiny_data()
+    for item in data.train_dataloader().dataset.__getitems__(list(order(size=22))):  # type: ignore[attr-defined]
+        assert bool((item["mask"] <= (item["image"][0] > 0)).all())
+    assert len(plain) == len(data.train_dataloader()) == 5
+
+
+def states(path: Path) -> dict[str, Any]:
+    return torch.load(path, weights_only=True)  # type: ignore[no-any-return]
+
+
+def fit(folder: Path, resume: Path | None = None, **settings: Any) -> Path:
+    keep = ModelCheckpoint(folder, filename="{epoch}-{step}", save_top_k=-1, **settings)
+    # The penalty draws random numbers, so that their state has to be taken up as well.
+    task = tiny_task(penalty=FrobeniusPenalty(weight=0.1))
+    trainer(folder, max_epochs=3, callbacks=[keep]).fit(task, tiny_data(workers=0), ckpt_path=resume, weights_only=True)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("settings", "resume", "last"),
+    [
+        ({}, "epoch=0-step=5.ckpt", "epoch=2-step=15.ckpt"),
+        ({"every_n_train_steps": 1}, "epoch=1-step=7.ckpt", "epoch=2-step=15.ckpt"),
+        ({"every_n_train_steps": 1}, "epoch=0-step=5.ckpt", "epoch=2-step=15.ckpt"),
+    ],
+    ids=["end of an epoch", "middle of an epoch", "last batch of an epoch"],
+)
+def test_resumed_run_equals_uninterrupted_one(tmp_path: Path, settings: dict[str, Any], resume: str, last: str) -> None:
+    whole = states(fit(tmp_path, **settings) / last)
+    (tmp_path / last).unlink()
+    torch.manual_seed(99)
+    resumed = states(fit(tmp_path, tmp_path / resume, **settings) / last)
+    for name, value in whole["state_dict"].items():
+        assert torch.equal(resumed["state_dict"][name], value), name
+    torch.testing.assert_close(resumed["optimizer_states"], whole["optimizer_states"], rtol=0, atol=0)
+    assert torch.equal(resumed["rng"]["cpu"], whole["rng"]["cpu"])

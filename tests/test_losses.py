@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from crbp.losses import focal_loss
+
+
+def maps(scale: float = 3.0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 2, 5, 4, dtype=torch.float64, generator=generator) * scale
+    return logits, torch.rand(3, 5, 4, generator=generator) > 0.7
+
+
+def test_without_focus_it_is_the_cross_entropy() -> None:
+    logits, mask = maps()
+    torch.testing.assert_close(focal_loss(logits, mask, gamma=0.0), F.cross_entropy(logits, mask.long()))
+
+
+@pytest.mark.parametrize("gamma", [0.5, 2.0])
+def test_equation(gamma: float) -> None:
+    logits, mask = maps()
+    p = logits.softmax(1).gather(1, mask.long()[:, None])
+    torch.testing.assert_close(focal_loss(logits, mask, gamma), -((1 - p) ** gamma * p.log()).mean())
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+def test_gradient(gamma: float) -> None:
+    logits, mask = maps()
+    assert torch.autograd.gradcheck(lambda x: focal_loss(x, mask, gamma), logits.requires_grad_())
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+def test_extreme_logits_keep_loss_and_gradient_finite(gamma: float) -> None:
+    logits = torch.tensor([[-300.0, 300.0], [300.0, -300.0]]).view(1, 2, 1, 2).requires_grad_()
+    loss = focal_loss(logits, torch.tensor([[[True, True]]]), gamma)
+    loss.backward()
+    assert loss.isfinite()
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
+    torch.testing.assert_close(loss.detach(), torch.tensor(300.0))  # one pixel right, one wrong by 600 nats
+
+
+def test_classes_are_symmetric() -> None:
+    logits, mask = maps()
+    torch.testing.assert_close(focal_loss(logits, mask), focal_loss(logits.flip(1), ~mask))
+
+
+def test_half_precision_is_computed_in_full() -> None:
+    logits, mask = maps()
+    low = logits.bfloat16()
+    torch.testing.assert_close(focal_loss(low, mask), focal_loss(low.float(), mask), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("logits", "mask", "gamma", "message"),
+    [
+        (torch.zeros(1, 3, 2, 2), torch.zeros(1, 2, 2).bool(), 2.0, "logits must have shape"),
+        (torch.zeros(1, 2, 2, 2), torch.zeros(1, 2, 3).bool(), 2.0, "mask must be bool of shape"),
+        (torch.zeros(1, 2, 2, 2), torch.zeros(1, 2, 2), 2.0, "mask must be bool of shape"),
+        (torch.zeros(1, 2, 2, 2), torch.zeros(1, 2, 2).bool(), -1.0, "gamma must be finite"),
+    ],
+)
+def test_mistakes(logits: Tensor, mask: Tensor, gamma: float, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        focal_loss(logits, mask, gamma)
