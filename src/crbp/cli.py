@@ -133,7 +133,8 @@ class _Parser(argparse.ArgumentParser):
 def _generate_parser() -> _Parser:
     from crbp.data.pathfinder import PRESETS, PathfinderConfig
 
-    parser = _Parser(prog="crbp generate", description="Write a data set of contour images, the same on every machine.")
+    about = "Write a data set of contour images, the same on every machine."
+    parser = _Parser(prog="crbp generate", description=about, allow_abbrev=False)
     parser.add_argument("--out", required=True, help="folder to write to; one per split")
     parser.add_argument("--preset", choices=sorted(PRESETS), help="task to start from (default: the published pf14)")
     parser.add_argument("--split", choices=("train", "val", "test"), default="train", help="(default: train)")
@@ -173,3 +174,7 @@ def _write_data(options: argparse.Namespace) -> None:
     except (ValueError, OSError, GenerationError) as error:
         raise CrbpError(str(error)) from error
     print(f"{written.made} images made, {written.kept} kept from before: {written.manifest}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

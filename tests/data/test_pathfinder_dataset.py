@@ -147,20 +147,19 @@ def test_disk_cache_refuses_a_disk_too_small(tmp_path, monkeypatch):
         Pathfinder(preset="mini", size=32, cache_dir=tmp_path)
 
 
-def test_importing_the_package_stays_light():
-    code = (
-        "import sys, crbp, crbp.data; heavy = {'numba', 'PIL', 'pyarrow', 'rich'} & set(sys.modules); "
-        "assert not heavy, heavy"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_a_missing_extra_is_named():
-    code = (
-        "import sys, importlib.util as u; find = u.find_spec\n"
-        "u.find_spec = lambda n, *a: None if n == 'numba' else find(n, *a)\n"
-        "try:\n import crbp.data.pathfinder\n"
-        "except ImportError as e:\n assert \"pip install 'crbp[data]'\" in str(e) and 'numba' in str(e), e\n"
-        "else:\n raise SystemExit('no error')"
-    )
+def test_importing_stays_light_and_a_missing_extra_is_named():
+    code = """
+import sys, crbp, crbp.data
+heavy = {"numba", "PIL", "pyarrow", "rich"} & set(sys.modules)
+assert not heavy, heavy
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "numba" else find(name, *rest)
+try:
+    crbp.data.pathfinder
+except ImportError as error:
+    assert "numba" in str(error) and "pip install 'crbp[data]'" in str(error), error
+else:
+    raise SystemExit("no error without numba")
+"""
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import crbp
+from crbp.data.pathfinder import PathfinderConfig
 from crbp.gradients import GradientMethod
 from crbp.models import PathfinderNet
 from crbp.tasks import LipschitzPenalty
@@ -41,7 +42,7 @@ class Recipe:
     images: int = 12_800
     batch_size: int = 16
     learning_rate: float = 6e-3
-    penalty: LipschitzPenalty = LipschitzPenalty(weight=100.0)
+    penalty: LipschitzPenalty = field(default_factory=lambda: LipschitzPenalty(weight=100.0))
     validation: int = 512
     examples: int = 6
 
@@ -54,10 +55,15 @@ class Recipe:
         )
 
     @property
+    def config(self) -> PathfinderConfig:
+        """The generator's settings, complete."""
+        return PathfinderConfig.preset(self.preset, **self.settings)
+
+    @property
     def rbp(self) -> crbp.RBP:
         """The gradient of C-RBP; a series that grows early in training is cut where its terms were smallest."""
         return crbp.RBP(crbp.Neumann(terms=self.terms), on_divergence="fallback")
 
 
 FULL = Recipe()
-QUICK = replace(FULL, images=1_280, validation=128)
+QUICK = replace(FULL, images=640, validation=64)

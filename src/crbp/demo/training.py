@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
-import multiprocessing
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.sharedctypes import Synchronized
-from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
@@ -16,12 +15,14 @@ from torch import Tensor
 
 import crbp
 from crbp.analysis import Trajectory, arrival_steps, follow
-from crbp.data.pathfinder import Pathfinder, PathfinderConfig
+from crbp.data.pathfinder import Pathfinder
 from crbp.demo.recipe import Recipe
-from crbp.models import PathfinderNet
+from crbp.gradients import GradientMethod
+from crbp.models import PathfinderNet, Prediction
 from crbp.tasks import ContourData, ContourTask, Generated
 
-Share = Synchronized  # of a float: the share of the training done, 0 to 1
+if TYPE_CHECKING:
+    Progress = Synchronized[float]  # shared between processes: the share of the training done, from 0 to 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,66 +30,132 @@ class Outcome:
     """What became of one model.
 
     Attributes:
-        trajectory: F1 and residual after every step to 4N, over the validation images.
-        radius: spectral radius at 4N of some validation images, ``(B,)``.
-        settled: whether the estimate of each has converged, ``(B,)``.
-        arrival: step that reached each pixel of the examples for good, ``(B, H, W)``, in N steps.
-        arrival_late: the same in 4N steps.
-        probability: of the target after each of 4N steps on the examples, ``(4N, B, H, W)``.
-        weights: of the model.
+        weights: the model's `state_dict`.
         images: seen in training.
-        seconds: of training.
-        failed_solves: backward solves that diverged, as a share of all.
+        seconds: spent in training.
+        trajectory: over the validation images, after every step to 4N.
+        radius: spectral radius at the state after 4N steps, one for each of some validation images, ``(B,)``.
+        converged: whether that estimate is to be trusted, ``(B,)``.
+        probability: of the target after every step to 4N on the examples, ``(4N, B, H, W)``.
     """
 
-    trajectory: Trajectory
-    radius: Tensor
-    settled: Tensor
-    arrival: Tensor
-    arrival_late: Tensor
-    probability: Tensor
     weights: dict[str, Tensor]
     images: int
     seconds: float
-    failed_solves: float
+    trajectory: Trajectory
+    radius: Tensor
+    converged: Tensor
+    probability: Tensor
+
+    def arrival(self, steps: int) -> Tensor:
+        """Step from which on each pixel of the examples stays traced within the first ``steps``, ``(B, H, W)``."""
+        return torch.stack([arrival_steps(each) for each in self.probability[:steps].unbind(1)])
+
+
+WARMUP = 0.02  # share of the training over which the learning rate rises
+EPOCH = 100_000  # images before one comes round again
+BATCH = 32  # images measured at once
+RADII = 64  # images whose spectral radius is measured
 
 
 class _Lead(pl.Callback):
     """Tell how far the training is."""
 
-    def __init__(self, progress: Share, total: int) -> None:
-        self.progress, self.total = progress, total
+    def __init__(self, progress: Progress, batches: int) -> None:
+        self.progress, self.batches = progress, batches
 
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: object) -> None:
-        self.progress.value = trainer.global_step / self.total
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.progress.value = trainer.global_step / self.batches
 
 
 class _Follow(pl.Callback):
-    """Train for as long as another process does, on the schedule that its progress gives."""
+    """Train for as long as the other process does, on the schedule that its progress gives."""
 
-    def __init__(self, progress: Share, learning_rate: float) -> None:
+    def __init__(self, progress: Progress, learning_rate: float) -> None:
         self.progress, self.learning_rate = progress, learning_rate
 
-    def on_train_batch_start(self, trainer: pl.Trainer, *_: object) -> None:
-        done = self.progress.value
-        factor = min(1.0, done / 0.02 + 0.02) * (1 + math.cos(math.pi * done)) / 2
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        share = self.progress.value
+        factor = min(1.0, (share + 1e-3) / WARMUP) * (1 + math.cos(math.pi * share)) / 2
         for group in trainer.optimizers[0].param_groups:
             group["lr"] = self.learning_rate * factor
 
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: object) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         trainer.should_stop = self.progress.value >= 1
 
 
-def train(name: str, recipe: Recipe, progress: Share, seed: int) -> Outcome:
-    """Train one model and measure it.
+def crbp_model(recipe: Recipe, progress: Progress, seed: int) -> Outcome:
+    """Train with C-RBP on ``recipe.images`` images and measure the model."""
+    batches = recipe.images // recipe.batch_size
+    task = _task(recipe, recipe.rbp, seed, penalty=recipe.penalty, schedule="cosine", warmup=WARMUP)
+    return _train(task, recipe, seed, _Lead(progress, batches), max_steps=batches)
 
-    Args:
-        name: ``"crbp"``, which sees ``recipe.images`` images, or ``"bptt"``, which trains until that one is done.
-        recipe: the settings.
-        progress: shared by both; the first writes it, the second reads it.
-        seed: of weights and images.
-    """
+
+def bptt_model(recipe: Recipe, progress: Progress, seed: int) -> Outcome:
+    """Train with BPTT until the process that trains with C-RBP is done, and measure the model."""
+    task = _task(recipe, crbp.BPTT(), seed, schedule="constant", warmup=0.0)
+    return _train(task, recipe, seed, _Follow(progress, recipe.learning_rate), max_steps=-1)
+
+
+def validation(recipe: Recipe, seed: int) -> tuple[Tensor, Tensor]:
+    """Images ``(B, 1, H, W)`` and masks ``(B, H, W)`` that no model is trained on."""
+    data = Pathfinder(config=recipe.config, split="val", size=recipe.validation, seed=seed)
+    samples = data.__getitems__(range(recipe.validation))
+    return torch.stack([each["image"] for each in samples]), torch.stack([each["mask"] for each in samples])
+
+
+def _task(recipe: Recipe, gradient: GradientMethod, seed: int, **settings: Any) -> ContourTask:
+    torch.manual_seed(seed)
     torch.set_num_threads(1)
-    leads = name == "crbp"
-    net = _train(recipe, progress, seed) if leads else _train_beside(recipe, progress, seed)
-    raise RuntimeError
+    return ContourTask(recipe.net(gradient), learning_rate=recipe.learning_rate, spectral_radius=False, **settings)
+
+
+def _train(task: ContourTask, recipe: Recipe, seed: int, pace: pl.Callback, *, max_steps: int) -> Outcome:
+    data = ContourData(
+        Generated(preset=recipe.preset, settings=recipe.settings),
+        batch_size=recipe.batch_size,
+        train_size=EPOCH,
+        workers=0,
+        seed=seed,
+    )
+    # What Lightning tells of the machine would break into the progress bars.
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_steps=max_steps,
+        max_epochs=-1,
+        limit_val_batches=0,
+        gradient_clip_val=1.0,
+        callbacks=[pace],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    start = time.perf_counter()
+    trainer.fit(task, datamodule=data)
+    seconds = time.perf_counter() - start
+    net = task.net
+    assert isinstance(net, PathfinderNet)
+    return _measure(net.eval(), recipe, seed, images=trainer.global_step * recipe.batch_size, seconds=seconds)
+
+
+@torch.no_grad()
+def _measure(net: PathfinderNet, recipe: Recipe, seed: int, *, images: int, seconds: float) -> Outcome:
+    image, mask = validation(recipe, seed)
+    late = 4 * recipe.steps
+    traced: Prediction = net(image[: recipe.examples], steps=late, every_step=True)
+    settled: Prediction = net(image[:RADII], steps=late)
+    assert traced.steps is not None
+    assert settled.run is not None
+    radius = crbp.spectral_radius(settled.run, per_sample=True, generator=torch.Generator().manual_seed(seed))
+    return Outcome(
+        weights=net.state_dict(),
+        images=images,
+        seconds=seconds,
+        trajectory=follow(net, zip(torch.split(image, BATCH), torch.split(mask, BATCH), strict=True), steps=late),
+        radius=radius.radius,
+        converged=radius.converged,
+        probability=traced.steps.softmax(dim=2)[:, :, 1],
+    )

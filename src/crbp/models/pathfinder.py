@@ -62,7 +62,7 @@ def gabor_bank(filters: int, size: int = 7, *, wavelength: float = 4.0, sigma: f
     wave = torch.cos(2 * math.pi * (x * angle.cos() + y * angle.sin()) / wavelength + phase)
     bank = torch.exp(-(x.square() + y.square()) / (2 * sigma**2)) * wave
     bank = bank - bank.mean(dim=(1, 2), keepdim=True)
-    bank = bank / torch.linalg.vector_norm(bank, dim=(1, 2), keepdim=True)
+    bank /= torch.linalg.vector_norm(bank, dim=(1, 2), keepdim=True)
     return bank.unsqueeze(1)
 
 

@@ -15,7 +15,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from crbp.data.pathfinder import DataError, GenerationError
 from crbp.errors import CrbpError
@@ -63,6 +63,16 @@ def run(arguments: list[str]) -> None:
         raise CrbpError(one_line(error)) from error
 
 
+class _SaveConfig(SaveConfigCallback):
+    """Writes the whole configuration beside the logs of a run; a resumed run brings it up to date."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        folder = trainer.log_dir  # agreed on by all processes, so asked for by all of them
+        if trainer.loggers and folder is not None and trainer.is_global_zero:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            self.parser.save(self.config, Path(folder) / self.config_filename, skip_unset=False, overwrite=True)
+
+
 class _CommandLine(LightningCLI):
     def __init__(self, args: list[str]) -> None:
         super().__init__(
@@ -70,7 +80,7 @@ class _CommandLine(LightningCLI):
             pl.LightningDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=_SaveConfig,
             trainer_defaults=_TRAINER_DEFAULTS,
             seed_everything_default=0,
             auto_configure_optimizers=False,
@@ -79,8 +89,8 @@ class _CommandLine(LightningCLI):
         )
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """Let mistakes come back as exceptions, so that they are worded in one place."""
-        return super().init_parser(exit_on_error=False, **kwargs)
+        """Let mistakes come back as exceptions, so that they are worded in one place; take no key for another."""
+        return super().init_parser(exit_on_error=False, allow_abbrev=False, **kwargs)
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
@@ -180,7 +190,7 @@ class _CommandLine(LightningCLI):
 
     def _origin(self) -> Origin | None:
         """What the exported weights are to say about themselves; None for a task that has no `net`."""
-        run = json.loads(self._parser(self.subcommand).dump(self._settings, skip_none=False, format="json"))
+        run = json.loads(self._parser(self.subcommand).dump(self._settings, skip_unset=False, format="json"))
         net = run["model"].get("init_args", {}).get("net")
         return Origin(net=net, run=run, name=self._name) if net is not None else None
 

@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import crbp.cli
+from crbp import __version__
+from crbp.cli import COMMANDS, main
+from crbp.tasks import load_net
+
+MINI = str(Path(__file__).parents[1] / "configs" / "pathfinder" / "mini_hgru_crbp.yaml")
+TINY = [
+    *("--config", MINI, "--trainer.max_epochs", "1", "--trainer.log_every_n_steps", "1"),
+    *("--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"),
+    *("--model.net.cell.channels", "2", "--model.net.cell.kernel_size", "3", "--model.net.evolve.steps", "3"),
+    *("--data.batch_size", "4", "--data.train_size", "8", "--data.val_size", "4", "--data.test_size", "3"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Work in an empty folder, and undo what a run sets for the whole process."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("CUBLAS_WORKSPACE_CONFIG", "PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def complaint(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line that a mistake is told in."""
+    capsys.readouterr()
+    assert main(arguments) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("crbp: error: ")]
+    assert len(lines) == 1
+    return lines[0].removeprefix("crbp: error: ")
+
+
+def test_help_names_every_command_and_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    for name, command in COMMANDS.items():
+        assert f"  {name} " in shown
+        assert command.example in shown
+    assert main([]) == 0
+    assert capsys.readouterr().out == shown
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"crbp {__version__}\n"
+
+
+@pytest.mark.parametrize("command", ["fit", "generate"])
+def test_help_of_a_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    assert f"crbp {command}" in capsys.readouterr().out or command == "fit"
+
+
+MISTAKES = [
+    (["nope"], "'nope' is no command of crbp; choose one of fit, validate"),
+    (["fit"], "required: fit.data, fit.model (see crbp fit --help"),
+    (["fit", "--config", "absent.yaml"], "File does not exist"),
+    (["fit", *TINY, "--model.net.cell", "crbp.cells.HGRUU"], "has no attribute 'HGRUU'; it has HGRU"),
+    (["fit", *TINY, "--model.lerning_rate", "1"], "Option 'lerning_rate' is not accepted"),
+    (["fit", *TINY, "--trainer.max_epoch", "1"], "--trainer.max_epoch"),
+    (["fit", *TINY, "--model.net.evolve.steps", "-3"], "steps must be a whole number of at least 1, not -3"),
+    (["fit", *TINY, "--model.net.evolve.steps", "many"], "model.net.evolve.steps: "),
+    (["fit", *TINY, "--model.penalty.weight", "-1"], "weight must be finite and above 0"),
+    (["fit", *TINY, "--model.supervision", "all"], "needs a gradient method that keeps the graph"),
+    (["fit", *TINY, "--data.source.preset", "pf15"], "preset='pf15' is unknown; choose one of"),
+    (["fit", *TINY, "--data.source.settings", "{dashes: 3}"], "dashes"),
+    (["fit", *TINY, "--data.source", "{class_path: crbp.tasks.Folders, init_args: {train: none}}"], "no folder none"),
+    (["fit", *TINY, "--ckpt_path", "absent.ckpt"], "the checkpoint absent.ckpt does not exist; crbp fit writes"),
+    (["validate", *TINY, "--ckpt_path", MINI], "cannot be read: it is damaged, or not a .ckpt"),
+    (["fit", *TINY, "--trainer.accelerator", "abacus"], "invalid accelerator name"),
+    (["generate", "--out", "x", "--shard", "3"], "'3' is not of the form I/N"),
+    (["generate", "--out", "x", "--image-size", "2"], "image_size=2 is outside"),
+    (["generate", "--out", "x", "--size", "0"], "size=0"),
+    (["generate", "--out", "x", "--colour", "red"], "unrecognized arguments: --colour red"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=[" ".join(case[0][-2:]) for case in MISTAKES])
+def test_mistakes_are_told_in_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert message in complaint(capsys, *arguments)
+
+
+def test_broken_yaml(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.yaml").write_text("model: [1\n", encoding="utf-8")
+    assert "parsing" in complaint(capsys, "fit", "--config", "a.yaml")
+
+
+def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(crbp.cli, "find_spec", lambda name: None if name == "lightning" else object())
+    assert complaint(capsys, "fit") == (
+        "this command needs lightning, not installed here; run: pip install 'crbp[train]'"
+    )
+
+
+def test_faults_of_crbp_show_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fault(arguments: list[str]) -> None:
+        raise RuntimeError("a fault")
+
+    monkeypatch.setitem(COMMANDS, "demo", COMMANDS["demo"]._replace(run=fault))
+    with pytest.raises(RuntimeError, match="a fault"):
+        main(["demo"])
+
+
+def test_a_run_broken_off_ends_quietly(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(arguments: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(COMMANDS, "demo", COMMANDS["demo"]._replace(run=interrupted))
+    assert main(["demo"]) == 130
+    assert capsys.readouterr().err == ""
+
+
+def test_interrupt_within_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    import signal
+
+    from crbp.tasks import ContourTask
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ContourTask, "training_step", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        assert main(["fit", *TINY]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)  # the trainer turns it off for good
+
+
+def test_from_training_to_predictions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", *TINY]) == 0
+    run = tmp_path / "runs" / "mini_hgru_crbp" / "version_0"
+    checkpoint = run / "checkpoints" / "best.ckpt"
+    assert checkpoint.exists()
+    assert (run / "checkpoints" / "last.ckpt").exists()
+    assert list(run.glob("events.out.tfevents.*"))
+    net: Any = load_net(run / "weights" / "best.safetensors")
+    assert net.evolve.steps == 3
+
+    # A resumed run goes on in its own folder, with what the command line adds.
+    last = str(run / "checkpoints" / "last.ckpt")
+    assert main(["fit", *TINY, "--trainer.max_epochs", "2", "--ckpt_path", last]) == 0
+    assert [path.name for path in run.parent.iterdir()] == ["version_0"]
+    assert torch.load(last, weights_only=True)["global_step"] == 4
+
+    again = ["--config", str(run / "config.yaml"), "--trainer.logger", "false", "--ckpt_path", str(checkpoint)]
+    capsys.readouterr()
+    assert main(["validate", *again]) == 0
+    assert "val/f1" in capsys.readouterr().out
+    assert main(["test", *again]) == 0
+    assert "test/f1" in capsys.readouterr().out
+    assert main(["predict", *again, "--out", "seen"]) == 0
+    assert sorted(path.name for path in (tmp_path / "seen").iterdir()) == [f"{i:07d}.png" for i in range(3)]
+
+    other = ["--model.net.cell.channels", "3", "--ckpt_path", last]
+    assert "does not fit the model of this configuration" in complaint(capsys, "validate", *TINY, *other)
+    broken = tmp_path / "broken.ckpt"
+    broken.write_bytes(checkpoint.read_bytes()[:1000])
+    assert "cannot be read" in complaint(capsys, "validate", *TINY, "--ckpt_path", str(broken))
+
+
+def test_generated_folders_can_be_trained_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = ["generate", "--preset", "mini", "--size", "8", "--workers", "1"]
+    for split in ("train", "val"):
+        assert main([*made, "--split", split, "--out", split]) == 0
+    assert capsys.readouterr().out.startswith("8 images made, 0 kept from before: train")
+    assert main([*made, "--split", "val", "--out", "val", "--seed", "1"]) == 2
+    source = {"class_path": "crbp.tasks.Folders", "init_args": {"train": "train", "val": "val"}}
+    arguments = ["fit", *TINY, "--data.source", json.dumps(source), "--trainer.fast_dev_run", "true"]
+    assert main(arguments) == 0
+    assert "it holds 8 images of 9; set train_size=8" in complaint(capsys, *arguments, "--data.train_size", "9")
+    assert "no folder is given for the split 'test'" in complaint(capsys, "test", *TINY, *arguments[-4:-2])
+
+
+def test_as_a_process() -> None:
+    done = subprocess.run([sys.executable, "-m", "crbp.cli", "fitt"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.splitlines() == [
+        "crbp: error: 'fitt' is no command of crbp; choose one of fit, validate, test, predict, generate, demo "
+        "(see crbp --help)"
+    ]
