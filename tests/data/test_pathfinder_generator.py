@@ -61,7 +61,7 @@ def test_splits_and_seeds_share_no_image():
 @pytest.mark.parametrize(
     "change",
     [
-        {"contour_length": 7},
+        {"contour_length": 8},
         {"continuity": 2.0},
         {"dash_thickness": 1.1},
         {"clearance": 1.7},

@@ -18,7 +18,7 @@ from PIL import Image
 from crbp.data.pathfinder import DataError, FolderPathfinder, PathfinderConfig, generate_batch, verify, write
 
 MINI = PathfinderConfig.preset("mini")
-HOME = "curv_contour_length_6"
+HOME = "curv_contour_length_7"
 
 
 def _write(out, size=20, config=MINI, **options):

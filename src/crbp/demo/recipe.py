@@ -26,8 +26,11 @@ class Recipe:
         horizon: of the gates.
         images: seen by the model trained with C-RBP; the other trains for as long as this takes.
         batch_size: images of a batch.
+        filter_scale: start of the filter bank.
         learning_rate: peak, after a short rise; it then falls to 0 on a cosine.
+        beta2: of Adam.
         penalty: on the dynamics, of C-RBP alone.
+        penalty_ramp: share of the training over which its weight rises.
         validation: images never trained on, on which every number of the report is measured.
         examples: of these, shown in the figures.
     """
@@ -36,13 +39,16 @@ class Recipe:
     settings: dict[str, Any] = field(default_factory=dict)
     channels: int = 16
     kernel_size: int = 7
-    steps: int = 12
-    terms: int = 10
-    horizon: int = 3
-    images: int = 12_800
+    steps: int = 8
+    terms: int = 6
+    horizon: int = 10
+    images: int = 9_600
     batch_size: int = 16
-    learning_rate: float = 6e-3
+    filter_scale: float = 2.0
+    learning_rate: float = 1e-2
+    beta2: float = 0.99
     penalty: LipschitzPenalty = field(default_factory=lambda: LipschitzPenalty(weight=100.0))
+    penalty_ramp: float = 0.8
     validation: int = 512
     examples: int = 6
 
@@ -51,6 +57,7 @@ class Recipe:
         return PathfinderNet(
             crbp.cells.HGRU(self.channels, self.kernel_size, norm_scale=1.0, horizon=self.horizon),
             crbp.Evolve(steps=self.steps, gradient=gradient),
+            filter_scale=self.filter_scale,
             target_share=0.05,
         )
 
@@ -66,4 +73,4 @@ class Recipe:
 
 
 FULL = Recipe()
-QUICK = replace(FULL, images=640, validation=64)
+QUICK = replace(FULL, images=1_280, validation=128)

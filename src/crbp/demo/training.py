@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+import warnings
 from dataclasses import dataclass
 from multiprocessing.sharedctypes import Synchronized
 from typing import TYPE_CHECKING, Any
@@ -87,7 +88,7 @@ class _Follow(pl.Callback):
 def crbp_model(recipe: Recipe, progress: Progress, seed: int) -> Outcome:
     """Train with C-RBP on ``recipe.images`` images and measure the model."""
     batches = recipe.images // recipe.batch_size
-    task = _task(recipe, recipe.rbp, seed, penalty=recipe.penalty, schedule="cosine", warmup=WARMUP)
+    task = _task(recipe, recipe.rbp, seed, penalty=recipe.penalty, penalty_ramp=recipe.penalty_ramp, warmup=WARMUP)
     return _train(task, recipe, seed, _Lead(progress, batches), max_steps=batches)
 
 
@@ -107,7 +108,13 @@ def validation(recipe: Recipe, seed: int) -> tuple[Tensor, Tensor]:
 def _task(recipe: Recipe, gradient: GradientMethod, seed: int, **settings: Any) -> ContourTask:
     torch.manual_seed(seed)
     torch.set_num_threads(1)
-    return ContourTask(recipe.net(gradient), learning_rate=recipe.learning_rate, spectral_radius=False, **settings)
+    return ContourTask(
+        recipe.net(gradient),
+        learning_rate=recipe.learning_rate,
+        beta2=recipe.beta2,
+        spectral_radius=False,
+        **settings,
+    )
 
 
 def _train(task: ContourTask, recipe: Recipe, seed: int, pace: pl.Callback, *, max_steps: int) -> Outcome:
@@ -118,8 +125,7 @@ def _train(task: ContourTask, recipe: Recipe, seed: int, pace: pl.Callback, *, m
         workers=0,
         seed=seed,
     )
-    # What Lightning tells of the machine would break into the progress bars.
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    _quiet()
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=1,
@@ -139,6 +145,15 @@ def _train(task: ContourTask, recipe: Recipe, seed: int, pace: pl.Callback, *, m
     net = task.net
     assert isinstance(net, PathfinderNet)
     return _measure(net.eval(), recipe, seed, images=trainer.global_step * recipe.batch_size, seconds=seconds)
+
+
+def _quiet() -> None:
+    """Keep what would break into the progress bar and tells the user nothing to act on from being printed."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    # Lightning 2.6 with the newest torch.
+    warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)", FutureWarning)
+    # One process on one core is what is wanted here.
+    warnings.filterwarnings("ignore", r".*does not have many workers")
 
 
 @torch.no_grad()

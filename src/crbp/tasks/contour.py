@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torchmetrics import MeanMetric, MetricCollection
 
 import crbp
 from crbp._checks import choice, non_negative, share
@@ -20,6 +21,7 @@ from crbp.tasks.penalties import Penalty
 
 Supervision = Literal["last", "all"]
 Schedule = Literal["cosine", "constant"]
+Stage = Literal["val", "test"]
 Batch = dict[str, Tensor]
 
 _FAILED = (StopReason.DIVERGED, StopReason.NOT_FINITE)
@@ -42,11 +44,14 @@ class ContourTask(pl.LightningModule):
         net: maps images to a `crbp.models.Prediction`; a recurrent one has its `crbp.Evolve` as the attribute
             ``evolve``, as `crbp.models.PathfinderNet` does.
         penalty: on the dynamics, such as `LipschitzPenalty`; None for none.
+        penalty_ramp: share of all optimiser steps, in [0, 1), over which the penalty's weight rises geometrically from
+            a hundredth of itself; 0 for its full weight throughout. A strong penalty from the start slows learning.
         supervision: ``"last"``, the loss sees the last step; ``"all"``, its mean over every step, which needs
             `crbp.BPTT`.
         gamma: of the focal loss; see `crbp.losses.focal_loss`.
         learning_rate: peak of the schedule.
         weight_decay: of Adam, added to the gradient.
+        beta2: of Adam, in [0, 1): how long it remembers squared gradients; 0.99 suits runs of a thousand steps.
         schedule: what follows the warm-up.
         warmup: share of all optimiser steps over which the rate rises, in [0, 1).
         spectral_radius: estimate it in every validation; up to 100 vector-Jacobian products on one batch.
@@ -63,10 +68,12 @@ class ContourTask(pl.LightningModule):
         net: nn.Module,
         *,
         penalty: Penalty | None = None,
+        penalty_ramp: float = 0.0,
         supervision: Supervision = "last",
         gamma: float = 2.0,
         learning_rate: float = 1e-3,
         weight_decay: float = 0.0,
+        beta2: float = 0.999,
         schedule: Schedule = "cosine",
         warmup: float = 0.02,
         spectral_radius: bool = True,
@@ -78,19 +85,25 @@ class ContourTask(pl.LightningModule):
         non_negative("gamma", gamma)
         non_negative("weight_decay", weight_decay)
         share("warmup", warmup)
+        share("beta2", beta2)
+        share("penalty_ramp", penalty_ramp)
+        if penalty_ramp and penalty is None:
+            raise ValueError(f"penalty_ramp={penalty_ramp!r} has no penalty to raise; give one or leave the ramp at 0")
         if not (math.isfinite(learning_rate) and learning_rate > 0):
             raise ValueError(f"learning_rate must be finite and above 0, not {learning_rate!r}")
         _check_net(net, penalty, supervision, predict_steps)
         # Only numbers and words: a checkpoint then holds no pickled object and loads with weights_only=True.
         self.save_hyperparameters(ignore=["net", "penalty"])
         self.net = net
-        self.penalty = penalty
+        self.penalty, self.penalty_ramp = penalty, penalty_ramp
         self.supervision, self.gamma = supervision, gamma
-        self.learning_rate, self.weight_decay = learning_rate, weight_decay
+        self.learning_rate, self.weight_decay, self.beta2 = learning_rate, weight_decay, beta2
         self.schedule, self.warmup = schedule, warmup
         self.spectral_radius, self.predict_steps = spectral_radius, predict_steps
         self.val_metrics = contour_metrics().clone(prefix="val/")
         self.test_metrics = contour_metrics().clone(prefix="test/")
+        measured = ["loss", *(["residual"] if _is_recurrent(net) else []), *(["penalty"] if penalty else [])]
+        self.means = nn.ModuleDict({name: MeanMetric() for name in measured})
         self._report: crbp.Report | None = None
         self._rng: dict[str, Tensor] | None = None
 
@@ -103,12 +116,13 @@ class ContourTask(pl.LightningModule):
         every_step = self.supervision == "all"
         prediction: Prediction = self.net(batch["image"], every_step=True) if every_step else self.net(batch["image"])
         focal = self._focal(prediction, batch["mask"])
-        values = {"train/focal": focal}
+        values: dict[str, Tensor | float] = {"train/focal": focal}
         loss = focal
         if self.penalty is not None:
             assert prediction.run is not None  # checked when the task was made
             values["train/penalty"] = penalty = self.penalty(prediction.run)
-            loss = focal + self.penalty.weight * penalty
+            values["train/penalty_weight"] = weight = self._penalty_weight(self.penalty)
+            loss = focal + weight * penalty
         if prediction.run is not None:
             self._report = prediction.run.report
             self.log("train/residual", self._report.residual)
@@ -138,15 +152,11 @@ class ContourTask(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics over all pixels."""
-        values = self.val_metrics.compute()
-        self.log("val/f1", values.pop("val/f1"), prog_bar=True)
-        self.log_dict(values)
-        self.val_metrics.reset()
+        self._log_epoch("val", self.val_metrics)
 
     def on_test_epoch_end(self) -> None:
         """Log the metrics over all pixels."""
-        self.log_dict(self.test_metrics.compute())
-        self.test_metrics.reset()
+        self._log_epoch("test", self.test_metrics)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """``"probability"``, ``(B, H, W)`` in [0, 1], and, where asked for, that of ``"steps"``, ``(B, N, H, W)``."""
@@ -159,12 +169,15 @@ class ContourTask(pl.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Adam, and a factor on its rate for every step."""
-        optimizer = torch.optim.Adam(self.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay)
+        optimizer = torch.optim.Adam(
+            self.parameters(), lr=self.learning_rate, betas=(0.9, self.beta2), weight_decay=self.weight_decay
+        )
         total = self.trainer.estimated_stepping_batches
-        if (self.schedule == "cosine" or self.warmup) and not (math.isfinite(total) and total > 0):
+        scheduled = self.schedule == "cosine" or self.warmup or self.penalty_ramp
+        if scheduled and not (math.isfinite(total) and total > 0):
             raise ValueError(
-                "the learning-rate schedule needs to know the number of steps; set trainer.max_epochs or "
-                "trainer.max_steps, or choose schedule='constant' with warmup=0"
+                "a schedule needs to know the number of steps; set trainer.max_epochs or trainer.max_steps, or choose "
+                "schedule='constant' with warmup=0 and penalty_ramp=0"
             )
         rising = round(self.warmup * total) if self.warmup else 0
 
@@ -195,31 +208,45 @@ class ContourTask(pl.LightningModule):
             torch.cuda.set_rng_state(self._rng["cuda"].cpu(), self.device)
         self._rng = None
 
+    def _penalty_weight(self, penalty: Penalty) -> float:
+        if not self.penalty_ramp:
+            return penalty.weight
+        done = self.trainer.global_step / self.trainer.estimated_stepping_batches
+        return penalty.weight * float(100 ** min(done / self.penalty_ramp - 1.0, 0.0))
+
     def _focal(self, prediction: Prediction, mask: Tensor) -> Tensor:
         if prediction.steps is None:
             return focal_loss(prediction.logits, mask, self.gamma)
         steps = prediction.steps
         return focal_loss(steps.flatten(0, 1), mask.expand(len(steps), *mask.shape).flatten(0, 1), self.gamma)
 
-    def _evaluate(self, stage: Literal["val", "test"], batch: Batch, batch_idx: int) -> None:
+    def _evaluate(self, stage: Stage, batch: Batch, batch_idx: int) -> None:
         image, mask = batch["image"], batch["mask"]
         prediction: Prediction = self.net(image)
         (self.val_metrics if stage == "val" else self.test_metrics).update(prediction.logits, mask)
-        averaged: dict[str, Any] = {"on_epoch": True, "sync_dist": True, "batch_size": len(image)}
-        self.log(f"{stage}/loss", focal_loss(prediction.logits, mask, self.gamma), **averaged)
-        run = prediction.run
-        if run is None:
-            return
-        self.log(f"{stage}/residual", run.report.residual, **averaged)
-        # Random numbers of its own: those that training draws do not depend on how often it is validated.
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(batch_idx)
-            if self.penalty is not None:
-                self.log(f"{stage}/penalty", self.penalty(run), **averaged)
-            if self.spectral_radius and batch_idx == 0 and not self.trainer.sanity_checking:
-                self._log_spectral_radius(stage, run)
+        found = {"loss": focal_loss(prediction.logits, mask, self.gamma)}
+        if (run := prediction.run) is not None:
+            found["residual"] = torch.tensor(run.report.residual, device=self.device)
+            # Random numbers of its own: those that training draws do not depend on how often it is validated.
+            with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+                torch.manual_seed(batch_idx)
+                if self.penalty is not None:
+                    found["penalty"] = self.penalty(run)
+                if self.spectral_radius and batch_idx == 0 and not self.trainer.sanity_checking:
+                    self._log_spectral_radius(stage, run)
+        for name, value in found.items():
+            self.means[name].update(value, weight=len(image))
 
-    def _log_spectral_radius(self, stage: str, run: crbp.Run) -> None:
+    def _log_epoch(self, stage: Stage, quality: MetricCollection) -> None:
+        # Metric objects, since Lightning's own mean is wrong where processes have unequal numbers of images.
+        values = {**quality.compute(), **{f"{stage}/{name}": mean.compute() for name, mean in self.means.items()}}
+        for name, value in values.items():
+            # All processes hold the same value already; synchronised once more only because Lightning asks for it.
+            self.log(name, value, prog_bar=name == "val/f1", sync_dist=True)
+        for metric in (quality, *self.means.values()):
+            metric.reset()
+
+    def _log_spectral_radius(self, stage: Stage, run: crbp.Run) -> None:
         if torch.is_inference_mode_enabled():
             raise crbp.CrbpError(
                 "the spectral radius needs a graph, which inference mode rules out; use Trainer(inference_mode=False) "
@@ -235,10 +262,13 @@ def _probability(logits: Tensor) -> Tensor:
     return logits.float().softmax(dim=1)[:, 1]
 
 
+def _is_recurrent(net: nn.Module) -> bool:
+    return isinstance(getattr(net, "evolve", None), crbp.Evolve)
+
+
 def _check_net(net: nn.Module, penalty: Penalty | None, supervision: Supervision, predict_steps: bool) -> None:
     """Raise where the network cannot do what is asked of it."""
-    evolve = getattr(net, "evolve", None)
-    if not isinstance(evolve, crbp.Evolve):
+    if not _is_recurrent(net):
         asked = [("a penalty", penalty is not None), ("supervision='all'", supervision == "all")]
         asked.append(("predict_steps", predict_steps))
         for name, needed in asked:
@@ -248,6 +278,7 @@ def _check_net(net: nn.Module, penalty: Penalty | None, supervision: Supervision
                     f"{type(net).__name__} has none"
                 )
         return
+    evolve: crbp.Evolve = net.evolve  # type: ignore[assignment]
     if supervision == "all" and not isinstance(evolve.gradient, crbp.BPTT):
         raise ValueError(
             "supervision='all' needs a gradient method that keeps the graph of every step: crbp.BPTT(), not "

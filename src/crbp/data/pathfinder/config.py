@@ -169,7 +169,7 @@ class PathfinderConfig:
         """Return the named task, with `overrides` put in place of its settings.
 
         Args:
-            name: One of `PRESETS`: `pf6` … `pf25` at the published settings; `mini` (32 × 32, 6 dashes),
+            name: One of `PRESETS`: `pf6` … `pf25` at the published settings; `mini` (32 × 32, 7 dashes),
                 `mini48` (9 dashes) and `mini64` (14 dashes) drawn at that scale, to train in minutes.
             **overrides: Settings of `PathfinderConfig`.
 
@@ -186,19 +186,19 @@ class PathfinderConfig:
 # that leaves a dark pixel between, and other contours kept farther away than the next dash of the same one.
 _MINI: dict[str, Any] = {
     "padding": 3.0,
-    "dash_length": 1.8,
-    "dash_thickness": 1.0,
-    "dash_margin": 0.9,
+    "dash_length": 2.0,
+    "dash_thickness": 1.3,
+    "dash_margin": 0.5,
     "clearance": 1.6,
-    "seed_distance": 3.0,
+    "continuity": 2.2,
+    "seed_distance": 8.0,
     "marker_radius": 2.4,
     "anti_alias": 4,
-    "mask_threshold": 0.3,
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
     **{f"pf{length}": {"contour_length": length} for length in (6, 9, 14, 20, 25)},
-    "mini": {"window": 32, "image_size": 32, "contour_length": 6, "n_distractors": 4, **_MINI},
+    "mini": {"window": 32, "image_size": 32, "contour_length": 7, "n_distractors": 4, **_MINI},
     "mini48": {"window": 48, "image_size": 48, "contour_length": 9, "n_distractors": 6, **_MINI},
     "mini64": {"window": 64, "image_size": 64, "contour_length": 14, "n_distractors": 7, **_MINI},
 }
