@@ -62,6 +62,7 @@ def _values(*values: float) -> Tensor:
 MAPS = {
     "real": (lambda: _with_eigenvalues(_values(0.9, 0.5, -0.4, 0.1)), 0.9),
     "negative": (lambda: _with_eigenvalues(_values(-1.3, 0.8, 0.2)), 1.3),
+    "negative in a plane": (lambda: _with_eigenvalues(_values(-0.9, 0.5)), 0.9),
     "complex pair": (lambda: _with_eigenvalues(_turn(0.8, 40), _values(0.3, -0.2)), 0.8),
     "quarter turn": (lambda: _with_eigenvalues(_turn(1.2, 90), _values(0.3)), 1.2),
     "both signs": (lambda: _with_eigenvalues(_values(0.7, -0.7, 0.1)), 0.7),
@@ -80,6 +81,16 @@ def test_spectral_radius_of_a_linear_map(name):
     assert got.radius.shape == got.converged.shape == got.change.shape == ()
     assert float(got.radius) == pytest.approx(radius, abs=1e-8)
     assert got.converged
+
+
+def test_a_step_that_ignores_its_state_has_no_radius_no_penalty_and_a_one_step_gradient():
+    drive = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    run = Evolve(steps=3, gradient=RBP())(lambda h: drive.tanh(), torch.ones(2, 3).double())
+    assert crbp.spectral_radius(run).radius == 0
+    assert crbp.lipschitz_penalty(run, bound=0.0) == 0
+    assert crbp.jacobian_frobenius_penalty(run) == 0
+    (got,) = torch.autograd.grad(run.state.sum(), drive)
+    torch.testing.assert_close(got, 1 - drive.tanh().square(), rtol=1e-12, atol=1e-12)
 
 
 @each_problem

@@ -56,7 +56,7 @@ def test_metadata_has_the_published_columns(tmp_path):
     table = np.load(tmp_path / HOME / "metadata" / "1.npy", allow_pickle=False)
     assert table.dtype.kind == "U"
     assert table.shape == (8, 11)
-    assert list(table[0]) == ["imgs/1", "seg/1", "sample_8.png", "8", "1.8", "6", "2", "1.8", "1.0", "0.9", "1"]
+    assert list(table[0]) == ["imgs/1", "seg/1", "sample_8.png", "8", "2.2", "7", "2", "2.0", "1.3", "0.5", "1"]
 
 
 def test_the_manifest_says_what_was_made(tmp_path):

@@ -90,6 +90,8 @@ def test_penalty_is_that_of_the_core(reduction: Any) -> None:
         (lambda: tiny_task(schedule="linear"), "schedule must be one of"),
         (lambda: tiny_task(learning_rate=0.0), "learning_rate must be finite and above 0"),
         (lambda: tiny_task(warmup=1.0), "warmup must lie in"),
+        (lambda: tiny_task(beta2=1.0), "beta2 must lie in"),
+        (lambda: tiny_task(penalty=None, penalty_ramp=0.5), "has no penalty to raise"),
         (lambda: tiny_task(gamma=-1.0), "gamma must be finite"),
         (lambda: tiny_task(weight_decay=-1.0), "weight_decay must be finite"),
         (lambda: ContourTask(FeedForwardNet(4, 3), penalty=LipschitzPenalty(weight=1)), "needs a recurrent network"),
@@ -124,6 +126,20 @@ def test_constant_schedule(tmp_path: Path) -> None:
     task = tiny_task(schedule="constant", warmup=0.0, learning_rate=0.5)
     trainer(tmp_path, limit_val_batches=0, callbacks=[spy], gradient_clip_val=1e-9).fit(task, tiny_data())
     assert spy.rates == [0.5] * 5
+
+
+def test_penalty_ramp_is_geometric_over_two_decades(tmp_path: Path) -> None:
+    spy = Spy()
+    task = tiny_task(penalty=LipschitzPenalty(weight=3.0), penalty_ramp=0.4)
+    trainer(tmp_path, max_epochs=2, limit_val_batches=0, callbacks=[spy]).fit(task, tiny_data())
+    found = [step["train/penalty_weight"] for step in spy.steps]
+    assert found == pytest.approx([3 * 10 ** (2 * (step / 4 - 1)) for step in range(4)] + [3.0] * 6)
+
+
+def test_second_moment_decay_reaches_adam(tmp_path: Path) -> None:
+    fitted = trainer(tmp_path, max_steps=1, limit_val_batches=0)
+    fitted.fit(tiny_task(beta2=0.9), tiny_data())
+    assert fitted.optimizers[0].param_groups[0]["betas"] == (0.9, 0.9)
 
 
 def test_schedule_without_an_end_is_refused(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ class Recipe:
         channels: of the cell.
         kernel_size: of the cell.
         steps: N, for both models.
+        step_jitter: how far the number of steps of a batch strays from N, with C-RBP alone.
         terms: of the Neumann series.
         horizon: of the gates.
         images: seen by the model trained with C-RBP; the other trains for as long as this takes.
@@ -39,7 +40,8 @@ class Recipe:
     settings: dict[str, Any] = field(default_factory=dict)
     channels: int = 16
     kernel_size: int = 7
-    steps: int = 8
+    steps: int = 12
+    step_jitter: int = 4
     terms: int = 6
     horizon: int = 10
     images: int = 9_600

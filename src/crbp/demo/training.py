@@ -88,12 +88,20 @@ class _Follow(pl.Callback):
 def crbp_model(recipe: Recipe, progress: Progress, seed: int) -> Outcome:
     """Train with C-RBP on ``recipe.images`` images and measure the model."""
     batches = recipe.images // recipe.batch_size
-    task = _task(recipe, recipe.rbp, seed, penalty=recipe.penalty, penalty_ramp=recipe.penalty_ramp, warmup=WARMUP)
+    task = _task(
+        recipe,
+        recipe.rbp,
+        seed,
+        penalty=recipe.penalty,
+        penalty_ramp=recipe.penalty_ramp,
+        step_jitter=recipe.step_jitter,
+        warmup=WARMUP,
+    )
     return _train(task, recipe, seed, _Lead(progress, batches), max_steps=batches)
 
 
 def bptt_model(recipe: Recipe, progress: Progress, seed: int) -> Outcome:
-    """Train with BPTT until the process that trains with C-RBP is done, and measure the model."""
+    """Train with BPTT, the ordinary way, until the process that trains with C-RBP is done, and measure the model."""
     task = _task(recipe, crbp.BPTT(), seed, schedule="constant", warmup=0.0)
     return _train(task, recipe, seed, _Follow(progress, recipe.learning_rate), max_steps=-1)
 

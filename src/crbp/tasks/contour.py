@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 
 import crbp
-from crbp._checks import choice, non_negative, share
+from crbp._checks import choice, count, non_negative, share
 from crbp.losses import focal_loss
 from crbp.metrics import contour_metrics
 from crbp.models import Prediction
@@ -46,6 +46,8 @@ class ContourTask(pl.LightningModule):
         penalty: on the dynamics, such as `LipschitzPenalty`; None for none.
         penalty_ramp: share of all optimiser steps, in [0, 1), over which the penalty's weight rises geometrically from
             a hundredth of itself; 0 for its full weight throughout. A strong penalty from the start slows learning.
+        step_jitter: train each batch with ``N + U(−j, j)`` steps instead of ``N``, drawn anew: the state is then asked
+            to be right at any of them, and settles. Below ``N``; 0 for none.
         supervision: ``"last"``, the loss sees the last step; ``"all"``, its mean over every step, which needs
             `crbp.BPTT`.
         gamma: of the focal loss; see `crbp.losses.focal_loss`.
@@ -69,6 +71,7 @@ class ContourTask(pl.LightningModule):
         *,
         penalty: Penalty | None = None,
         penalty_ramp: float = 0.0,
+        step_jitter: int = 0,
         supervision: Supervision = "last",
         gamma: float = 2.0,
         learning_rate: float = 1e-3,
@@ -91,11 +94,13 @@ class ContourTask(pl.LightningModule):
             raise ValueError(f"penalty_ramp={penalty_ramp!r} has no penalty to raise; give one or leave the ramp at 0")
         if not (math.isfinite(learning_rate) and learning_rate > 0):
             raise ValueError(f"learning_rate must be finite and above 0, not {learning_rate!r}")
-        _check_net(net, penalty, supervision, predict_steps)
+        count("step_jitter", step_jitter, at_least=0)
+        _check_net(net, penalty, supervision, predict_steps, step_jitter)
         # Only numbers and words: a checkpoint then holds no pickled object and loads with weights_only=True.
         self.save_hyperparameters(ignore=["net", "penalty"])
         self.net = net
         self.penalty, self.penalty_ramp = penalty, penalty_ramp
+        self.step_jitter = step_jitter
         self.supervision, self.gamma = supervision, gamma
         self.learning_rate, self.weight_decay, self.beta2 = learning_rate, weight_decay, beta2
         self.schedule, self.warmup = schedule, warmup
@@ -103,7 +108,7 @@ class ContourTask(pl.LightningModule):
         self.val_metrics = contour_metrics().clone(prefix="val/")
         self.test_metrics = contour_metrics().clone(prefix="test/")
         measured = ["loss", *(["residual"] if _is_recurrent(net) else []), *(["penalty"] if penalty else [])]
-        self.means = nn.ModuleDict({name: MeanMetric() for name in measured})
+        self.means = MetricCollection({name: MeanMetric() for name in measured}, compute_groups=False)
         self._report: crbp.Report | None = None
         self._rng: dict[str, Tensor] | None = None
 
@@ -113,8 +118,7 @@ class ContourTask(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of a batch."""
-        every_step = self.supervision == "all"
-        prediction: Prediction = self.net(batch["image"], every_step=True) if every_step else self.net(batch["image"])
+        prediction: Prediction = self.net(batch["image"], **self._asked_of_net())
         focal = self._focal(prediction, batch["mask"])
         values: dict[str, Tensor | float] = {"train/focal": focal}
         loss = focal
@@ -208,6 +212,19 @@ class ContourTask(pl.LightningModule):
             torch.cuda.set_rng_state(self._rng["cuda"].cpu(), self.device)
         self._rng = None
 
+    def _asked_of_net(self) -> dict[str, Any]:
+        """What a recurrent net is told beside the images of a batch; a feed-forward one takes nothing else."""
+        asked: dict[str, Any] = {"every_step": True} if self.supervision == "all" else {}
+        if self.step_jitter:
+            drawn = torch.randint(-self.step_jitter, self.step_jitter + 1, ())
+            asked["steps"] = self._evolve().steps + int(drawn)
+        return asked
+
+    def _evolve(self) -> crbp.Evolve:
+        evolve = self.net.evolve
+        assert isinstance(evolve, crbp.Evolve)  # checked when the task was made
+        return evolve
+
     def _penalty_weight(self, penalty: Penalty) -> float:
         if not self.penalty_ramp:
             return penalty.weight
@@ -239,12 +256,12 @@ class ContourTask(pl.LightningModule):
 
     def _log_epoch(self, stage: Stage, quality: MetricCollection) -> None:
         # Metric objects, since Lightning's own mean is wrong where processes have unequal numbers of images.
-        values = {**quality.compute(), **{f"{stage}/{name}": mean.compute() for name, mean in self.means.items()}}
+        values = {**quality.compute(), **{f"{stage}/{name}": mean for name, mean in self.means.compute().items()}}
         for name, value in values.items():
             # All processes hold the same value already; synchronised once more only because Lightning asks for it.
             self.log(name, value, prog_bar=name == "val/f1", sync_dist=True)
-        for metric in (quality, *self.means.values()):
-            metric.reset()
+        quality.reset()
+        self.means.reset()
 
     def _log_spectral_radius(self, stage: Stage, run: crbp.Run) -> None:
         if torch.is_inference_mode_enabled():
@@ -266,11 +283,13 @@ def _is_recurrent(net: nn.Module) -> bool:
     return isinstance(getattr(net, "evolve", None), crbp.Evolve)
 
 
-def _check_net(net: nn.Module, penalty: Penalty | None, supervision: Supervision, predict_steps: bool) -> None:
+def _check_net(
+    net: nn.Module, penalty: Penalty | None, supervision: Supervision, predict_steps: bool, step_jitter: int
+) -> None:
     """Raise where the network cannot do what is asked of it."""
     if not _is_recurrent(net):
         asked = [("a penalty", penalty is not None), ("supervision='all'", supervision == "all")]
-        asked.append(("predict_steps", predict_steps))
+        asked += [("predict_steps", predict_steps), ("step_jitter", step_jitter > 0)]
         for name, needed in asked:
             if needed:
                 raise ValueError(
@@ -279,6 +298,8 @@ def _check_net(net: nn.Module, penalty: Penalty | None, supervision: Supervision
                 )
         return
     evolve: crbp.Evolve = net.evolve  # type: ignore[assignment]
+    if step_jitter >= evolve.steps:
+        raise ValueError(f"step_jitter must be below the {evolve.steps} steps of the net, not {step_jitter}")
     if supervision == "all" and not isinstance(evolve.gradient, crbp.BPTT):
         raise ValueError(
             "supervision='all' needs a gradient method that keeps the graph of every step: crbp.BPTT(), not "

@@ -1,0 +1,90 @@
+"""The options that make training settle: each has the effect that it names, and a value out of range is an error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from tiny_contours import LEAF_SPEC, tiny_data, tiny_net, tiny_task, trainer
+
+from crbp.models import FeedForwardNet, PathfinderNet
+from crbp.tasks import ContourTask
+
+pytestmark = pytest.mark.filterwarnings(LEAF_SPEC)
+
+
+class _Weights(pl.Callback):
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.seen.append(float(trainer.callback_metrics["train/penalty_weight"]))
+
+
+def test_the_ramp_raises_the_penalty_geometrically_to_its_weight(tmp_path: Path) -> None:
+    weights = _Weights()
+    task = tiny_task(penalty_ramp=0.6)
+    trainer(tmp_path, callbacks=[weights], max_epochs=2, limit_val_batches=0).fit(task, tiny_data())
+    assert task.penalty is not None
+    wanted = [task.penalty.weight * 100 ** min(step / 10 / 0.6 - 1, 0) for step in range(10)]
+    assert weights.seen == pytest.approx(wanted)
+    assert weights.seen[0] == pytest.approx(task.penalty.weight / 100)
+    assert weights.seen[-1] == task.penalty.weight
+
+
+def test_jitter_draws_every_number_of_steps_around_n(tmp_path: Path) -> None:
+    task, taken = tiny_task(step_jitter=2), []
+    net = task.net
+    assert isinstance(net, PathfinderNet)
+    forward = net.forward
+
+    def spy(*arguments: Any, **settings: Any) -> Any:
+        prediction = forward(*arguments, **settings)
+        taken.append(prediction.run.report.steps)
+        return prediction
+
+    net.forward = spy  # type: ignore[method-assign]
+    trainer(tmp_path, max_epochs=12, limit_val_batches=0).fit(task, tiny_data())
+    assert set(taken) == {2, 3, 4, 5, 6}
+    taken.clear()
+    trainer(tmp_path).validate(task, tiny_data(), verbose=False)
+    assert set(taken) == {4}
+
+
+def test_beta2_reaches_the_optimiser(tmp_path: Path) -> None:
+    fit = trainer(tmp_path, limit_val_batches=0)
+    fit.fit(tiny_task(beta2=0.95), tiny_data())
+    assert fit.optimizers[0].param_groups[0]["betas"] == (0.9, 0.95)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"penalty_ramp": 1.0}, "penalty_ramp"),
+        ({"penalty_ramp": 0.5, "penalty": None}, "no penalty to raise"),
+        ({"step_jitter": 4}, "below the 4 steps"),
+        ({"step_jitter": -1}, "step_jitter"),
+        ({"beta2": 1.0}, "beta2"),
+    ],
+)
+def test_values_out_of_range_are_named(settings: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        tiny_task(**settings)
+
+
+def test_a_feedforward_net_takes_no_jitter() -> None:
+    with pytest.raises(ValueError, match="step_jitter needs a recurrent network"):
+        ContourTask(FeedForwardNet(4, 3), step_jitter=1)
+
+
+def test_the_filter_scale_scales_the_drive_by_its_square() -> None:
+    plain = tiny_net()
+    torch.manual_seed(0)
+    loud = PathfinderNet(plain.cell, plain.evolve, filter_scale=3.0)  # type: ignore[arg-type]
+    image = torch.rand(2, 1, 9, 9)
+    torch.testing.assert_close(loud.drive(image), 9 * plain.drive(image))
+    with pytest.raises(ValueError, match="filter_scale"):
+        PathfinderNet(plain.cell, plain.evolve, filter_scale=0.0)  # type: ignore[arg-type]
