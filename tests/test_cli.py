@@ -19,6 +19,7 @@ TINY = [
     *("--config", MINI, "--trainer.max_epochs", "1", "--trainer.log_every_n_steps", "1"),
     *("--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"),
     *("--model.net.cell.channels", "2", "--model.net.cell.kernel_size", "3", "--model.net.evolve.steps", "3"),
+    *("--model.step_jitter", "1"),
     *("--data.batch_size", "4", "--data.train_size", "8", "--data.val_size", "4", "--data.test_size", "3"),
 ]
 

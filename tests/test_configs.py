@@ -34,7 +34,10 @@ def load(path: Path, **changes: Any) -> Any:
     net = content["model"]["init_args"]["net"]["init_args"]
     if "cell" in net:
         net["cell"]["init_args"].update(changes)
-        net["evolve"]["steps"] = changes.get("horizon", net["evolve"]["steps"])
+        if "horizon" in changes:  # a run cut short, and with it what its length is varied by
+            net["evolve"]["steps"] = changes["horizon"]
+            if "step_jitter" in (task := content["model"]["init_args"]):
+                task["step_jitter"] = 1
     else:
         net.update({name: value for name, value in changes.items() if name != "horizon"})
     return parser().instantiate(parser().parse_object(content))

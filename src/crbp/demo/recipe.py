@@ -44,7 +44,7 @@ class Recipe:
     step_jitter: int = 4
     terms: int = 6
     horizon: int = 10
-    images: int = 9_600
+    images: int = 8_800
     batch_size: int = 16
     filter_scale: float = 2.0
     learning_rate: float = 1e-2

@@ -206,12 +206,16 @@ def _how(numbers: dict[str, Any], recipe: Recipe) -> str:
         f"{recipe.channels} channels and {recipe.kernel_size}×{recipe.kernel_size} kernels. Both models start from the "
         "same weights and are trained at the same time, each on one core, on the same learning-rate schedule; the one "
         f"trained with BPTT stops when the other has seen its {numbers['images']:,} images. That one is trained the "
-        f"ordinary way, always with {recipe.steps} steps and without a penalty. C-RBP takes {recipe.terms} Neumann terms, "
-        f"the Lipschitz coefficient penalty with a weight that rises to {recipe.penalty.weight:g}, and "
-        f"{recipe.steps - recipe.step_jitter} to {recipe.steps + recipe.step_jitter} steps, drawn for each batch. Seed {numbers['seed']}; "
+        f"ordinary way, always with {recipe.steps} steps and without a penalty. C-RBP takes {recipe.terms} Neumann "
+        f"terms, the Lipschitz coefficient penalty with a weight that rises to {recipe.penalty.weight:g}, and "
+        f"{_range(recipe)} steps, drawn for each batch. Seed {numbers['seed']}; "
         f"{html.escape(numbers['machine'])}; crbp {crbp.__version__}, torch {torch.__version__}; "
         f"{numbers['seconds']:.0f} s in all."
     )
+
+
+def _range(recipe: Recipe) -> str:
+    return f"{recipe.steps - recipe.step_jitter} to {recipe.steps + recipe.step_jitter}"
 
 
 def _slug(name: str) -> str:
