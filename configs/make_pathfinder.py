@@ -75,13 +75,13 @@ MINI = Scale(
     channels=16,
     norm="instance",
     norm_scale=1.0,
-    filter_scale=2.0,
+    filter_scale=2.5,
     terms=6,
     weight=100.0,
     trainer={"max_epochs": 2},
     task={"learning_rate": 0.01, "schedule": "cosine", "beta2": 0.99},
     data={"batch_size": 16, "train_size": 8_000, "val_size": 500, "test_size": 2_000, "flips": True},
-    contracting={"penalty_ramp": 0.8, "step_jitter": 4},
+    contracting={"penalty_ramp": 0.8, "step_jitter": 3},
 )
 
 
@@ -151,7 +151,7 @@ def rows() -> Iterator[tuple[str, str, dict[str, Any]]]:
         for method, steps in (("crbp", many), ("bptt", 6)):
             what = f"PF14, hGRU, {METHODS[method]}, {steps} steps, {size}×{size} kernels"
             yield f"pf14_hgru_{method}_k{size}", what, recurrent(PAPER, "pf14", "hgru", method, steps, size)
-    for kind, method, steps in (("hgru", "crbp", 12), ("hgru", "bptt", 8), ("convlstm", "crbp", 12)):
+    for kind, method, steps in (("hgru", "crbp", 8), ("hgru", "bptt", 8), ("convlstm", "crbp", 8)):
         what = f"32×32 images, {CELLS[kind]}, {METHODS[method]}, {steps} steps; minutes on two CPU cores"
         yield f"mini_{kind}_{method}", what, recurrent(MINI, "mini", kind, method, steps, 7)
     what = "32×32 images, feed-forward, 6 layers; minutes on two CPU cores"

@@ -83,14 +83,17 @@ def test_spectral_radius_of_a_linear_map(name):
     assert got.converged
 
 
-def test_a_step_that_ignores_its_state_has_no_radius_no_penalty_and_a_one_step_gradient():
-    drive = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_step_that_ignores_its_state_has_no_radius_no_penalty_and_a_one_step_gradient(frozen):
+    drive = torch.randn(2, 3, dtype=torch.float64, requires_grad=not frozen)
     run = Evolve(steps=3, gradient=RBP())(lambda h: drive.tanh(), torch.ones(2, 3).double())
     assert crbp.spectral_radius(run).radius == 0
     assert crbp.lipschitz_penalty(run, bound=0.0) == 0
     assert crbp.jacobian_frobenius_penalty(run) == 0
-    (got,) = torch.autograd.grad(run.state.sum(), drive)
-    torch.testing.assert_close(got, 1 - drive.tanh().square(), rtol=1e-12, atol=1e-12)
+    assert run.state.requires_grad != frozen
+    if not frozen:
+        (got,) = torch.autograd.grad(run.state.sum(), drive)
+        torch.testing.assert_close(got, 1 - drive.tanh().square(), rtol=1e-12, atol=1e-12)
 
 
 @each_problem

@@ -18,7 +18,7 @@ from PIL import Image
 from crbp.data.pathfinder import DataError, FolderPathfinder, PathfinderConfig, generate_batch, verify, write
 
 MINI = PathfinderConfig.preset("mini")
-HOME = "curv_contour_length_7"
+HOME = "curv_contour_length_5"
 
 
 def _write(out, size=20, config=MINI, **options):
@@ -56,7 +56,7 @@ def test_metadata_has_the_published_columns(tmp_path):
     table = np.load(tmp_path / HOME / "metadata" / "1.npy", allow_pickle=False)
     assert table.dtype.kind == "U"
     assert table.shape == (8, 11)
-    assert list(table[0]) == ["imgs/1", "seg/1", "sample_8.png", "8", "2.2", "7", "2", "2.0", "1.3", "0.5", "1"]
+    assert list(table[0]) == ["imgs/1", "seg/1", "sample_8.png", "8", "2.2", "5", "2", "2.0", "1.3", "0.5", "1"]
 
 
 def test_the_manifest_says_what_was_made(tmp_path):

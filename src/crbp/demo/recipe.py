@@ -40,18 +40,18 @@ class Recipe:
     settings: dict[str, Any] = field(default_factory=dict)
     channels: int = 16
     kernel_size: int = 7
-    steps: int = 12
-    step_jitter: int = 4
+    steps: int = 8
+    step_jitter: int = 3
     terms: int = 6
     horizon: int = 10
-    images: int = 8_800
+    images: int = 7_200
     batch_size: int = 16
-    filter_scale: float = 2.0
+    filter_scale: float = 2.5
     learning_rate: float = 1e-2
     beta2: float = 0.99
     penalty: LipschitzPenalty = field(default_factory=lambda: LipschitzPenalty(weight=100.0))
     penalty_ramp: float = 0.8
-    validation: int = 512
+    validation: int = 384
     examples: int = 6
 
     def net(self, gradient: GradientMethod) -> PathfinderNet:

@@ -16,7 +16,7 @@ from torch import Tensor
 import crbp
 from crbp.analysis import figures, memory_curve
 from crbp.demo.recipe import Recipe
-from crbp.demo.training import validation
+from crbp.demo.training import RADII, validation
 from crbp.tasks import Origin, save_net
 
 if TYPE_CHECKING:
@@ -193,8 +193,8 @@ def _captions(numbers: dict[str, Any], recipe: Recipe) -> dict[str, str]:
         "f1": f"F1 over all pixels of {recipe.validation} validation images, read out after each step.",
         "residual": "How much the state still moves from step to step, ‖h<sub>t</sub> − h<sub>t−1</sub>‖ / "
         "‖h<sub>t</sub>‖, mean over the images.",
-        "spectral_radius": "Spectral radius of the step's Jacobian after 4N steps, by power iteration on each of 64 "
-        "images. Below 1, small perturbations of the state die out.",
+        "spectral_radius": "Spectral radius of the step's Jacobian after 4N steps, by power iteration on each of "
+        f"{RADII} images. Below 1, small perturbations of the state die out.",
         "memory": "What autograd keeps for the backward pass of one image; the penalty is counted for C-RBP.",
     }
 

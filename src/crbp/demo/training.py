@@ -56,7 +56,7 @@ class Outcome:
 WARMUP = 0.02  # share of the training over which the learning rate rises
 EPOCH = 100_000  # images before one comes round again
 BATCH = 32  # images measured at once
-RADII = 64  # images whose spectral radius is measured
+RADII = 32  # images whose spectral radius is measured
 
 
 class _Lead(pl.Callback):

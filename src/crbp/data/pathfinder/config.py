@@ -169,7 +169,7 @@ class PathfinderConfig:
         """Return the named task, with `overrides` put in place of its settings.
 
         Args:
-            name: One of `PRESETS`: `pf6` … `pf25` at the published settings; `mini` (32 × 32, 7 dashes),
+            name: One of `PRESETS`: `pf6` … `pf25` at the published settings; `mini` (32 × 32, 5 dashes),
                 `mini48` (9 dashes) and `mini64` (14 dashes) drawn at that scale, to train in minutes.
             **overrides: Settings of `PathfinderConfig`.
 
@@ -198,7 +198,7 @@ _MINI: dict[str, Any] = {
 
 PRESETS: dict[str, dict[str, Any]] = {
     **{f"pf{length}": {"contour_length": length} for length in (6, 9, 14, 20, 25)},
-    "mini": {"window": 32, "image_size": 32, "contour_length": 7, "n_distractors": 4, **_MINI},
+    "mini": {"window": 32, "image_size": 32, "contour_length": 5, "distractor_length": 2, "n_distractors": 4, **_MINI},
     "mini48": {"window": 48, "image_size": 48, "contour_length": 9, "n_distractors": 6, **_MINI},
     "mini64": {"window": 64, "image_size": 64, "contour_length": 14, "n_distractors": 7, **_MINI},
 }
