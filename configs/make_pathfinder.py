@@ -171,10 +171,12 @@ def text(name: str, title: str, content: dict[str, Any]) -> str:
 def main() -> None:
     """Write all files anew."""
     FOLDER.mkdir(exist_ok=True)
-    for stale in FOLDER.glob("*.yaml"):
-        stale.unlink()
-    for row in rows():
-        (FOLDER / f"{row[0]}.yaml").write_text(text(*row), encoding="utf-8")
+    written = {f"{row[0]}.yaml": text(*row) for row in rows()}
+    for name, content in written.items():
+        (FOLDER / name).write_text(content, encoding="utf-8")
+    for path in FOLDER.glob("*.yaml"):
+        if path.name not in written:
+            path.unlink()
 
 
 if __name__ == "__main__":

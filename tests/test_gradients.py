@@ -67,7 +67,7 @@ def test_rbp_is_the_implicit_gradient_of_the_last_step(build, solver):
 @each_problem
 def test_rbp_at_the_steady_state_is_long_bptt(build, solver):
     problem = build()
-    assert_same(_gradient(problem, RBP(solver), steps=400), _gradient(problem, BPTT(), steps=400), 1e-8)
+    assert_same(_gradient(problem, RBP(solver), steps=300), _gradient(problem, BPTT(), steps=300), 1e-8)
 
 
 @pytest.mark.parametrize("terms", [0, 1, 5])

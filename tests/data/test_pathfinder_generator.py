@@ -189,7 +189,7 @@ def test_marking_every_stroke_of_the_mini_task_is_far_from_solving_it():
     strokes = made.images > 255 * MINI.mask_threshold
     hit = (strokes & made.masks).sum(axis=(1, 2))
     f1 = 2 * hit / (strokes.sum(axis=(1, 2)) + made.masks.sum(axis=(1, 2)))
-    assert 0.6 < f1.mean() < 0.72
+    assert 0.5 < f1.mean() < 0.7
 
 
 def test_contrast_scales_the_image_and_leaves_the_mask():

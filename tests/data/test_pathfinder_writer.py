@@ -195,7 +195,7 @@ def test_a_damaged_or_missing_file_is_found_and_made_again(tmp_path):
         ({"size": 21}, "of other size"),
         ({"format": "parquet"}, "of other format"),
         ({"shard": (0, 2)}, "of other shards"),
-        ({"config": PathfinderConfig.preset("mini", contour_length=5)}, "of other config, config_digest"),
+        ({"config": PathfinderConfig.preset("mini", contour_length=6)}, "of other config, config_digest"),
     ],
 )
 def test_two_data_sets_cannot_share_a_folder(tmp_path, change, words):

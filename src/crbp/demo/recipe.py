@@ -75,4 +75,4 @@ class Recipe:
 
 
 FULL = Recipe()
-QUICK = replace(FULL, images=1_280, validation=128)
+QUICK = replace(FULL, images=960, validation=96)

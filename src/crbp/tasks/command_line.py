@@ -197,7 +197,7 @@ class _CommandLine(LightningCLI):
 
 
 def _is_no_advertisement(record: logging.LogRecord) -> bool:
-    return "litlogger" not in record.getMessage()
+    return "💡 Tip" not in record.getMessage()
 
 
 def _command(args: Any) -> str:
