@@ -81,7 +81,7 @@ MINI = Scale(
     trainer={"max_epochs": 2},
     task={"learning_rate": 0.01, "schedule": "cosine", "beta2": 0.99},
     data={"batch_size": 16, "train_size": 8_000, "val_size": 500, "test_size": 2_000, "flips": True},
-    contracting={"penalty_ramp": 0.8, "step_jitter": 3},
+    contracting={"penalty_ramp": 0.8, "step_jitter": 14},
 )
 
 

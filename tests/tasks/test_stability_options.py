@@ -35,7 +35,7 @@ def test_the_ramp_raises_the_penalty_geometrically_to_its_weight(tmp_path: Path)
     assert weights.seen[-1] == task.penalty.weight
 
 
-def test_jitter_draws_every_number_of_steps_around_n(tmp_path: Path) -> None:
+def test_jitter_reaches_further_beyond_n_as_training_goes_on(tmp_path: Path) -> None:
     task, taken = tiny_task(step_jitter=2), []
     net = task.net
     assert isinstance(net, PathfinderNet)
@@ -48,7 +48,8 @@ def test_jitter_draws_every_number_of_steps_around_n(tmp_path: Path) -> None:
 
     net.forward = spy  # type: ignore[method-assign]
     trainer(tmp_path, max_epochs=12, limit_val_batches=0).fit(task, tiny_data())
-    assert set(taken) == {2, 3, 4, 5, 6}
+    assert all(4 <= steps <= 4 + round(2 * t / len(taken)) for t, steps in enumerate(taken))
+    assert set(taken) == {4, 5, 6}
     taken.clear()
     trainer(tmp_path).validate(task, tiny_data(), verbose=False)
     assert set(taken) == {4}
@@ -65,7 +66,6 @@ def test_beta2_reaches_the_optimiser(tmp_path: Path) -> None:
     [
         ({"penalty_ramp": 1.0}, "penalty_ramp"),
         ({"penalty_ramp": 0.5, "penalty": None}, "no penalty to raise"),
-        ({"step_jitter": 4}, "below the 4 steps"),
         ({"step_jitter": -1}, "step_jitter"),
         ({"beta2": 1.0}, "beta2"),
     ],

@@ -22,7 +22,7 @@ class Recipe:
         channels: of the cell.
         kernel_size: of the cell.
         steps: N, for both models.
-        step_jitter: how far the number of steps of a batch strays from N, with C-RBP alone.
+        step_jitter: how many steps more than N a batch may be given at the end of training, with C-RBP alone.
         terms: of the Neumann series.
         horizon: of the gates.
         images: seen by the model trained with C-RBP; the other trains for as long as this takes.
@@ -41,7 +41,7 @@ class Recipe:
     channels: int = 16
     kernel_size: int = 7
     steps: int = 8
-    step_jitter: int = 3
+    step_jitter: int = 14
     terms: int = 6
     horizon: int = 10
     images: int = 7_200
@@ -75,4 +75,4 @@ class Recipe:
 
 
 FULL = Recipe()
-QUICK = replace(FULL, images=960, validation=96)
+QUICK = replace(FULL, images=720, validation=96)

@@ -215,7 +215,7 @@ def _how(numbers: dict[str, Any], recipe: Recipe) -> str:
 
 
 def _range(recipe: Recipe) -> str:
-    return f"{recipe.steps - recipe.step_jitter} to {recipe.steps + recipe.step_jitter}"
+    return f"from {recipe.steps} to, at the end of training, {recipe.steps + recipe.step_jitter}"
 
 
 def _slug(name: str) -> str:

@@ -46,8 +46,8 @@ class ContourTask(pl.LightningModule):
         penalty: on the dynamics, such as `LipschitzPenalty`; None for none.
         penalty_ramp: share of all optimiser steps, in [0, 1), over which the penalty's weight rises geometrically from
             a hundredth of itself; 0 for its full weight throughout. A strong penalty from the start slows learning.
-        step_jitter: train each batch with ``N + U(−j, j)`` steps instead of ``N``, drawn anew: the state is then asked
-            to be right at any of them, and settles. Below ``N``; 0 for none.
+        step_jitter: train each batch with up to so many steps more than ``N``, drawn anew from ``U(0, j t / T)`` at
+            optimiser step ``t`` of ``T``: the state is then asked to stay right once it is, and settles. 0 for none.
         supervision: ``"last"``, the loss sees the last step; ``"all"``, its mean over every step, which needs
             `crbp.BPTT`.
         gamma: of the focal loss; see `crbp.losses.focal_loss`.
@@ -177,11 +177,11 @@ class ContourTask(pl.LightningModule):
             self.parameters(), lr=self.learning_rate, betas=(0.9, self.beta2), weight_decay=self.weight_decay
         )
         total = self.trainer.estimated_stepping_batches
-        scheduled = self.schedule == "cosine" or self.warmup or self.penalty_ramp
+        scheduled = self.schedule == "cosine" or self.warmup or self.penalty_ramp or self.step_jitter
         if scheduled and not (math.isfinite(total) and total > 0):
             raise ValueError(
                 "a schedule needs to know the number of steps; set trainer.max_epochs or trainer.max_steps, or choose "
-                "schedule='constant' with warmup=0 and penalty_ramp=0"
+                "schedule='constant' with warmup=0, penalty_ramp=0 and step_jitter=0"
             )
         rising = round(self.warmup * total) if self.warmup else 0
 
@@ -216,8 +216,8 @@ class ContourTask(pl.LightningModule):
         """What a recurrent net is told beside the images of a batch; a feed-forward one takes nothing else."""
         asked: dict[str, Any] = {"every_step": True} if self.supervision == "all" else {}
         if self.step_jitter:
-            drawn = torch.randint(-self.step_jitter, self.step_jitter + 1, ())
-            asked["steps"] = self._evolve().steps + int(drawn)
+            done = self.trainer.global_step / self.trainer.estimated_stepping_batches
+            asked["steps"] = self._evolve().steps + int(torch.randint(round(self.step_jitter * done) + 1, ()))
         return asked
 
     def _evolve(self) -> crbp.Evolve:
@@ -298,8 +298,6 @@ def _check_net(
                 )
         return
     evolve: crbp.Evolve = net.evolve  # type: ignore[assignment]
-    if step_jitter >= evolve.steps:
-        raise ValueError(f"step_jitter must be below the {evolve.steps} steps of the net, not {step_jitter}")
     if supervision == "all" and not isinstance(evolve.gradient, crbp.BPTT):
         raise ValueError(
             "supervision='all' needs a gradient method that keeps the graph of every step: crbp.BPTT(), not "
