@@ -30,7 +30,7 @@ def make_norm(name: Norm, channels: int, *, scale: float = 1.0) -> nn.Module:
     if name == "none":
         return nn.Identity()
     if name == "instance":
-        # The same numbers as nn.InstanceNorm2d, which takes four times as long on a CPU.
+        # The same numbers as nn.InstanceNorm2d, which is slower on a CPU.
         norm: nn.Module = nn.GroupNorm(channels, channels)
     elif name == "batch":
         norm = nn.BatchNorm2d(channels, track_running_stats=False)
@@ -43,7 +43,7 @@ def make_norm(name: Norm, channels: int, *, scale: float = 1.0) -> nn.Module:
 
 
 class PointwiseConv2d(nn.Conv2d):
-    """A 1×1 convolution with bias, as one matrix product an image on a CPU, where that is several times faster."""
+    """A 1×1 convolution with bias, as one matrix product an image on a CPU, where that is faster."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, channels, 1)
