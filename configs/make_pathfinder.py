@@ -57,6 +57,7 @@ class Scale:
     trainer: dict[str, Any]
     task: dict[str, Any]
     data: dict[str, Any]
+    lead_in: tuple[int, int] | None = None  # dashes of the contours that the first images show, and how many those are
     contracting: dict[str, Any] = field(default_factory=dict)  # of the task, where there is a penalty
 
 
@@ -79,8 +80,9 @@ MINI = Scale(
     terms=6,
     weight=100.0,
     trainer={"max_epochs": 2},
-    task={"learning_rate": 0.01, "schedule": "cosine", "beta2": 0.99},
+    task={"learning_rate": 0.01, "schedule": "cosine", "beta2": 0.99, "gamma": 1.0},
     data={"batch_size": 16, "train_size": 8_000, "val_size": 500, "test_size": 2_000, "flips": True},
+    lead_in=(3, 1_280),
     contracting={"penalty_ramp": 0.8, "step_jitter": 14},
 )
 
@@ -114,12 +116,16 @@ def config(scale: Scale, preset: str, net: dict[str, Any], method: str = "") -> 
         task |= {"penalty": thing("tasks.LipschitzPenalty", **penalty), **scale.contracting}
     if method == "allsteps":
         task["supervision"] = "all"
-    source = thing("tasks.Generated", preset=preset)
+    data: dict[str, Any] = {"source": thing("tasks.Generated", preset=preset), **scale.data}
+    if scale.lead_in is not None:
+        length, size = scale.lead_in
+        data["lead_in"] = thing("tasks.Generated", preset=preset, settings={"contour_length": length})
+        data["lead_in_size"] = size
     return {
         "seed_everything": 0,
         "trainer": scale.trainer,
         "model": thing("tasks.ContourTask", **task, **scale.task),
-        "data": thing("tasks.ContourData", source=source, **scale.data),
+        "data": thing("tasks.ContourData", **data),
     }
 
 

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from tiny_contours import LEAF_SPEC, tiny_data, tiny_task, trainer
+from tiny_contours import LEAF_SPEC, Lines, tiny_data, tiny_task, trainer
 
-from crbp.tasks import FrobeniusPenalty
+from crbp.tasks import ContourData, FrobeniusPenalty, Generated
 from crbp.tasks.sampling import EpochSampler
 
 pytestmark = [
@@ -59,6 +59,39 @@ def test_flips_turn_image_and_mask_alike() -> None:
     for item in data.train_dataloader().dataset.__getitems__(list(order(size=22))):  # type: ignore[attr-defined]
         assert bool((item["mask"] <= (item["image"][0] > 0)).all())
     assert len(plain) == len(data.train_dataloader()) == 5
+
+
+def test_an_epoch_begins_with_the_lead_in_once() -> None:
+    assert [key.item for key in order(lead_in=7)][:7] == list(range(23, 30))
+    assert order(lead_in=7)[7:] == order()[7:]
+    assert order(lead_in=7, epoch=1) == order(epoch=1)
+    shares = [order(lead_in=7, rank=rank, world_size=2) for rank in range(2)]
+    assert {key.item for share in shares for key in share[:3]} == set(range(23, 29))
+
+
+def test_lead_in_and_what_follows_are_told_apart() -> None:
+    long, short = Generated(preset="mini"), Generated(preset="mini", settings={"contour_length": 3})
+    data = ContourData(long, lead_in=short, lead_in_size=6, batch_size=4, train_size=12, workers=0, flips=False)
+    first, second, third = list(data.train_dataloader())
+    wanted = short.items("train", 6, 0)
+    got = torch.cat([first["image"], second["image"][:2]])
+    assert torch.equal(got, torch.stack([wanted[i]["image"] for i in range(6)]))
+    ordinary = ContourData(long, batch_size=4, train_size=12, workers=0, flips=False)
+    assert torch.equal(third["image"], list(ordinary.train_dataloader())[2]["image"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lead_in": Lines()}, "go together"),
+        ({"lead_in_size": 4}, "go together"),
+        ({"lead_in": Lines(), "lead_in_size": 23}, "at most train_size, not 23 of 22"),
+        ({"lead_in": Lines(), "lead_in_size": -1}, "lead_in_size"),
+    ],
+)
+def test_a_lead_in_that_makes_no_sense_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny_data(**settings)
 
 
 def states(path: Path) -> dict[str, Any]:

@@ -9,7 +9,10 @@ import crbp
 from crbp.data.pathfinder import PathfinderConfig
 from crbp.gradients import GradientMethod
 from crbp.models import PathfinderNet
-from crbp.tasks import LipschitzPenalty
+from crbp.tasks import ContourData, Generated, LipschitzPenalty
+
+
+EPOCH = 100_000  # images before one comes round again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,10 +29,13 @@ class Recipe:
         terms: of the Neumann series.
         horizon: of the gates.
         images: seen by the model trained with C-RBP; the other trains for as long as this takes.
+        lead_in: share of them, at the start, that show the shorter contours of `lead_in_length`.
+        lead_in_length: dashes of those contours; tracing is learnt sooner on them and then carries over.
         batch_size: images of a batch.
         filter_scale: start of the filter bank.
         learning_rate: peak, after a short rise; it then falls to 0 on a cosine.
         beta2: of Adam.
+        gamma: of the focal loss.
         penalty: on the dynamics, of C-RBP alone.
         penalty_ramp: share of the training over which its weight rises.
         validation: images never trained on, on which every number of the report is measured.
@@ -44,14 +50,17 @@ class Recipe:
     step_jitter: int = 14
     terms: int = 6
     horizon: int = 10
-    images: int = 7_200
+    images: int = 5_600
+    lead_in: float = 0.2
+    lead_in_length: int = 3
     batch_size: int = 16
     filter_scale: float = 2.5
     learning_rate: float = 1e-2
     beta2: float = 0.99
+    gamma: float = 1.0
     penalty: LipschitzPenalty = field(default_factory=lambda: LipschitzPenalty(weight=100.0))
     penalty_ramp: float = 0.8
-    validation: int = 384
+    validation: int = 256
     examples: int = 6
 
     def net(self, gradient: GradientMethod) -> PathfinderNet:
@@ -67,6 +76,19 @@ class Recipe:
     def config(self) -> PathfinderConfig:
         """The generator's settings, complete."""
         return PathfinderConfig.preset(self.preset, **self.settings)
+
+    def data(self, seed: int) -> ContourData:
+        """The training images, made on the fly."""
+        short = {**self.settings, "contour_length": self.lead_in_length}
+        return ContourData(
+            Generated(preset=self.preset, settings=self.settings),
+            batch_size=self.batch_size,
+            train_size=EPOCH,
+            lead_in=Generated(preset=self.preset, settings=short),
+            lead_in_size=round(self.lead_in * self.images),
+            workers=0,
+            seed=seed,
+        )
 
     @property
     def rbp(self) -> crbp.RBP:

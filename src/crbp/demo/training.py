@@ -20,7 +20,7 @@ from crbp.data.pathfinder import Pathfinder
 from crbp.demo.recipe import Recipe
 from crbp.gradients import GradientMethod
 from crbp.models import PathfinderNet, Prediction
-from crbp.tasks import ContourData, ContourTask, Generated
+from crbp.tasks import ContourTask
 
 if TYPE_CHECKING:
     Progress = Synchronized[float]  # shared between processes: the share of the training done, from 0 to 1
@@ -54,7 +54,6 @@ class Outcome:
 
 
 WARMUP = 0.02  # share of the training over which the learning rate rises
-EPOCH = 100_000  # images before one comes round again
 BATCH = 32  # images measured at once
 RADII = 32  # images whose spectral radius is measured
 
@@ -120,19 +119,13 @@ def _task(recipe: Recipe, gradient: GradientMethod, seed: int, **settings: Any) 
         recipe.net(gradient),
         learning_rate=recipe.learning_rate,
         beta2=recipe.beta2,
+        gamma=recipe.gamma,
         spectral_radius=False,
         **settings,
     )
 
 
 def _train(task: ContourTask, recipe: Recipe, seed: int, pace: pl.Callback, *, max_steps: int) -> Outcome:
-    data = ContourData(
-        Generated(preset=recipe.preset, settings=recipe.settings),
-        batch_size=recipe.batch_size,
-        train_size=EPOCH,
-        workers=0,
-        seed=seed,
-    )
     _quiet()
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -148,7 +141,7 @@ def _train(task: ContourTask, recipe: Recipe, seed: int, pace: pl.Callback, *, m
         enable_model_summary=False,
     )
     start = time.perf_counter()
-    trainer.fit(task, datamodule=data)
+    trainer.fit(task, datamodule=recipe.data(seed))
     seconds = time.perf_counter() - start
     net = task.net
     assert isinstance(net, PathfinderNet)

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from crbp._checks import count
-from crbp.tasks.sampling import EpochSampler, Flipped, ResumableLoader
+from crbp.tasks.sampling import EpochSampler, Flipped, Followed, ResumableLoader
 
 if TYPE_CHECKING:
     from crbp.data.pathfinder import PathfinderConfig, Sample
@@ -125,13 +125,16 @@ class ContourData(pl.LightningDataModule):
         train_size: images of an epoch, over all processes.
         val_size: images of the validation split.
         test_size: images of the test split, on which `predict` runs as well.
+        lead_in: where the first training images come from instead: an easier task, such as shorter contours, from
+            which `source` is then learnt sooner. None for none.
+        lead_in_size: how many images of the first epoch those are, over all processes.
         flips: turn training images over, left to right and top to bottom, with probability ½ each.
         workers: processes that make batches beside each training process; 0 makes them in it, None takes one fewer
             than this process may use cores, at most 8, and none where there are two cores or fewer.
         seed: of generated images, order and flips.
 
     Raises:
-        ValueError: for values out of range.
+        ValueError: for values out of range, or a lead-in without a size or the reverse.
     """
 
     def __init__(
@@ -142,6 +145,8 @@ class ContourData(pl.LightningDataModule):
         train_size: int = 40_000,
         val_size: int = 1_000,
         test_size: int = 10_000,
+        lead_in: ContourSource | None = None,
+        lead_in_size: int = 0,
         flips: bool = True,
         workers: int | None = None,
         seed: int = 0,
@@ -159,7 +164,13 @@ class ContourData(pl.LightningDataModule):
         count("seed", seed, at_least=0)
         if batch_size > train_size:
             raise ValueError(f"batch_size must be at most train_size, not {batch_size} of {train_size} images")
+        count("lead_in_size", lead_in_size, at_least=0)
+        if (lead_in is None) != (lead_in_size == 0):
+            raise ValueError(f"lead_in and lead_in_size go together; they are {lead_in!r} and {lead_in_size}")
+        if lead_in_size > train_size:
+            raise ValueError(f"lead_in_size must be at most train_size, not {lead_in_size} of {train_size} images")
         self.source, self.batch_size = source, batch_size
+        self.lead_in, self.lead_in_size = lead_in, lead_in_size
         self.sizes: dict[Split, int] = {"train": train_size, "val": val_size, "test": test_size}
         self.flips, self.seed = flips, seed
         self.workers = _spare_cores() if workers is None else workers
@@ -204,15 +215,19 @@ class ContourData(pl.LightningDataModule):
         """A split and the share of it that this process takes."""
         training, size = split == "train", self.sizes[split]
         trainer = self.trainer
+        items = self.source.items(split, size, self.seed)
+        if training and self.lead_in is not None:
+            items = Followed(items, size, self.lead_in.items(split, self.lead_in_size, self.seed))
         sampler = EpochSampler(
             size,
             seed=self.seed,
             shuffle=training,
             flips=training and self.flips,
+            lead_in=self.lead_in_size if training else 0,
             rank=trainer.global_rank if trainer else 0,
             world_size=trainer.world_size if trainer else 1,
         )
-        return Flipped(self.source.items(split, size, self.seed)), sampler
+        return Flipped(items), sampler
 
     def _settings(self) -> dict[str, Any]:
         return {

@@ -34,14 +34,26 @@ class EpochSampler(DistributedSampler[Key]):
         seed: of order and flips.
         shuffle: draw a new order every epoch.
         flips: turn each image over, left to right and top to bottom, with probability ½ each.
+        lead_in: so many images at the start of epoch 0 are ``size``, ``size + 1``, … instead: those of another data set
+            that follows.
         rank: of this process.
         world_size: number of processes.
     """
 
-    def __init__(self, size: int, *, seed: int, shuffle: bool, flips: bool, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        size: int,
+        *,
+        seed: int,
+        shuffle: bool,
+        flips: bool,
+        lead_in: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
         # A DistributedSampler by name, so that Lightning leaves it in place instead of wrapping it into another.
         super().__init__(_Sized(size), num_replicas=world_size, rank=rank, shuffle=shuffle, seed=seed)
-        self.size, self.flips = size, flips
+        self.size, self.flips, self.lead_in = size, flips, lead_in
         self.start = 0  # images of this process's share to leave out, where an epoch is resumed
 
     def __len__(self) -> int:
@@ -55,6 +67,8 @@ class EpochSampler(DistributedSampler[Key]):
         digest = hashlib.blake2b(f"{self.seed} {self.epoch}".encode(), digest_size=4).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
         order = torch.randperm(self.size, generator=generator) if self.shuffle else torch.arange(self.size)
+        if self.epoch == 0:
+            order[: self.lead_in] = torch.arange(self.size, self.size + self.lead_in)
         flips = torch.randint(2, (self.size, 2), generator=generator) * int(self.flips)
         share = slice(self.rank + self.start * self.num_replicas, self.rank + len(self) * self.num_replicas)
         mine = (order[share][:: self.num_replicas].tolist(), flips[share][:: self.num_replicas].tolist())
@@ -68,6 +82,28 @@ class _Sized(Dataset[None]):
 
     def __len__(self) -> int:
         return self.size
+
+
+class Followed(Dataset["Sample"]):
+    """Two data sets as one: ``first``, then ``second``, its indices counted on from ``size``.
+
+    Unlike torch's `ConcatDataset` it lets a data set make the images of a batch together.
+    """
+
+    def __init__(self, first: Dataset[Sample], size: int, second: Dataset[Sample]) -> None:
+        self.first, self.size, self.second = first, size, second
+
+    def __getitem__(self, index: int) -> Sample:
+        """The item at ``index``."""
+        return self.first[index] if index < self.size else self.second[index - self.size]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Sample]:
+        """The items of a batch."""
+        if all(index < self.size for index in indices):
+            return _together(self.first, indices)
+        if all(index >= self.size for index in indices):
+            return _together(self.second, [index - self.size for index in indices])
+        return [self[index] for index in indices]
 
 
 class Flipped(Dataset["Sample"]):
@@ -86,10 +122,14 @@ class Flipped(Dataset["Sample"]):
 
     def __getitems__(self, keys: Sequence[Key]) -> list[Sample]:
         """The items of a batch, made together where the data set can."""
-        together = getattr(self.items, "__getitems__", None)
-        if together is None:
-            return [self[key] for key in keys]
-        return [_turned(item, key) for item, key in zip(together([key.item for key in keys]), keys, strict=True)]
+        items = _together(self.items, [key.item for key in keys])
+        return [_turned(item, key) for item, key in zip(items, keys, strict=True)]
+
+
+def _together(items: Dataset[Sample], indices: Sequence[int]) -> list[Sample]:
+    together = getattr(items, "__getitems__", None)
+    found: list[Sample] = together(indices) if together is not None else [items[index] for index in indices]
+    return found
 
 
 def _turned(item: Sample, key: Key) -> Sample:

@@ -193,7 +193,6 @@ _MINI: dict[str, Any] = {
     "continuity": 2.2,
     "seed_distance": 8.0,
     "marker_radius": 2.4,
-    "anti_alias": 4,
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
