@@ -24,8 +24,10 @@ class _Command(NamedTuple):
 def _lightning(name: str) -> Callable[[list[str]], None]:
     def run(arguments: list[str]) -> None:
         _need("train", "lightning", "jsonargparse", "torchmetrics", "safetensors", "tensorboard", "numba", "PIL")
+        from crbp.ops import keep_freed_memory
         from crbp.tasks.command_line import run
 
+        keep_freed_memory()
         run([name, *arguments])
 
     return run
@@ -42,6 +44,13 @@ def _demo(arguments: list[str]) -> None:
     from crbp.demo import main as demo
 
     demo(arguments)
+
+
+def _bench(arguments: list[str]) -> None:
+    _need("train", "lightning", "jsonargparse", "torchmetrics", "safetensors", "numba", "matplotlib", "rich")
+    from crbp.bench.command import main as bench
+
+    bench(arguments)
 
 
 COMMANDS = {
@@ -71,6 +80,7 @@ COMMANDS = {
         _generate,
     ),
     "demo": _Command("see the stable and the unstable way to train side by side", "crbp demo --quick", _demo),
+    "bench": _Command("measure speed and memory beside the textbook C-RBP", "crbp bench --out bench", _bench),
 }
 
 

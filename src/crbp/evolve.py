@@ -16,6 +16,7 @@ from crbp._checks import choice, count, non_negative
 from crbp._tree import LeafStep, Leaves, flatten_state, leaf_step, norm, relative_residual, vector_jacobian
 from crbp.errors import DivergenceError, DivergenceWarning
 from crbp.gradients import BPTT, BackwardReport, GradientMethod, Recurrence
+from crbp.ops import shared_spectra
 from crbp.solvers import StopReason
 
 
@@ -129,9 +130,10 @@ class Evolve:
         def record(backward: BackwardReport) -> None:
             report.backward = backward
 
-        rolled = self.gradient(
-            Recurrence(step=on_leaves, start=start, steps=self.steps, tolerance=self.tolerance, record=record)
-        )
+        with shared_spectra():
+            rolled = self.gradient(
+                Recurrence(step=on_leaves, start=start, steps=self.steps, tolerance=self.tolerance, record=record)
+            )
         report.steps, report.stop = rolled.steps, rolled.stop
         report.residual = float(relative_residual(rolled.previous, rolled.last))
         if not math.isfinite(report.residual):

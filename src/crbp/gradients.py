@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from crbp._checks import choice, count
 from crbp._tree import LeafStep, Leaves, detach, ravel, relative_residual, separate, vector_jacobian
 from crbp.errors import DivergenceError, DivergenceWarning
+from crbp.ops import shared_spectra
 from crbp.solvers import Neumann, Solution, Solver, StopReason
 
 Policy = Literal["raise", "warn", "fallback"]
@@ -196,7 +197,8 @@ class CheckpointedBPTT(GradientMethod):
 
 
 def _chunk(step: LeafStep, length: int, *state: Tensor) -> Leaves:
-    rolled = advance(step, state, length)
+    with shared_spectra():  # the backward pass takes these steps again, outside the run
+        rolled = advance(step, state, length)
     return *rolled.previous, *rolled.last
 
 

@@ -86,10 +86,7 @@ def _prepare(folder: Path, numbers: str | None) -> None:
 def _train(recipe: Recipe, seed: int, console: Console) -> dict[str, Outcome]:
     """Both models at the same time, so that each has one core and exactly the same time."""
     jobs = {"C-RBP": training.crbp_model, "BPTT": training.bptt_model}
-    # Tensors of some megabytes come and go at every step: let glibc keep their pages instead of fetching new ones from
-    # the system each time, which costs time. Read when a process starts, so it holds for these two.
-    for name, value in {"MALLOC_MMAP_THRESHOLD_": 2**30, "MALLOC_TRIM_THRESHOLD_": 2**32, "OMP_NUM_THREADS": 1}.items():
-        os.environ.setdefault(name, str(value))
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when a process starts, so it holds for these two
     context = multiprocessing.get_context("spawn")
     progress = context.Value("d", 0.0)
     with ProcessPoolExecutor(len(jobs), context, initializer=_share, initargs=(progress,)) as pool:

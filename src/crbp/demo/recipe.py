@@ -11,7 +11,6 @@ from crbp.gradients import GradientMethod
 from crbp.models import PathfinderNet
 from crbp.tasks import ContourData, Generated, LipschitzPenalty
 
-
 EPOCH = 100_000  # images before one comes round again
 
 

@@ -20,6 +20,7 @@ from crbp.data.pathfinder import Pathfinder
 from crbp.demo.recipe import Recipe
 from crbp.gradients import GradientMethod
 from crbp.models import PathfinderNet, Prediction
+from crbp.ops import keep_freed_memory
 from crbp.tasks import ContourTask
 
 if TYPE_CHECKING:
@@ -115,6 +116,7 @@ def validation(recipe: Recipe, seed: int) -> tuple[Tensor, Tensor]:
 def _task(recipe: Recipe, gradient: GradientMethod, seed: int, **settings: Any) -> ContourTask:
     torch.manual_seed(seed)
     torch.set_num_threads(1)
+    keep_freed_memory()
     return ContourTask(
         recipe.net(gradient),
         learning_rate=recipe.learning_rate,

@@ -1,0 +1,108 @@
+"""The command: options, the parts one after the other, what is written and printed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import NoReturn, Protocol
+
+import torch
+from rich.console import Console
+
+from crbp.bench import convergence, figures, memory, speed, tables
+from crbp.bench.measure import Numbers, environment, textbook
+from crbp.errors import CrbpError
+from crbp.ops import keep_freed_memory
+
+
+class Part(Protocol):
+    """One part of the benchmark: measures, and returns what JSON can hold."""
+
+    def __call__(self, *, quick: bool) -> Numbers:
+        """Measure, at tiny sizes where ``quick``."""
+
+
+PARTS: dict[str, Part] = {
+    "step": speed.step,
+    "kernels": speed.kernels,
+    "memory": memory.memory,
+    "time_to_f1": convergence.time_to_f1,
+    "solvers": convergence.solvers,
+    "scaling": speed.scaling,
+    "roofline": speed.roofline,
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise CrbpError(f"{message} (see {self.prog} --help)")
+
+
+def main(arguments: list[str]) -> None:
+    """Run the benchmark.
+
+    Raises:
+        CrbpError: if the options are wrong, the folder cannot be written to, or crbp is no checkout.
+    """
+    options = _options(arguments)
+    textbook()
+    keep_freed_memory()  # for both codes
+    folder, console = Path(options.out), Console()
+    files = [folder / "bench.json", *([Path(options.json)] if options.json else [])]
+    _prepare(folder, files)
+    threads = torch.get_num_threads()
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    try:
+        numbers: Numbers = {"environment": environment(), "quick": options.quick, "parts": {}}
+        for name in options.only or PARTS:
+            start = time.perf_counter()
+            with console.status(f"Measuring {name} …"):
+                found = PARTS[name](quick=options.quick)
+            numbers["parts"][name] = {**found, "measured_in_seconds": round(time.perf_counter() - start, 1)}
+            for file in files:
+                _write(file, numbers)
+            if name in figures.DRAWN:
+                figures.DRAWN[name](found).savefig(folder / f"{name}.png", dpi=140)
+            console.print(tables.TABLES[name](found))
+    finally:
+        torch.set_num_threads(threads)
+    console.print(f"All numbers are in [bold]{files[-1]}[/].", soft_wrap=True)
+
+
+def _options(arguments: list[str]) -> argparse.Namespace:
+    parser = _Parser(
+        prog="crbp bench", description="Measure crbp beside the textbook C-RBP on this machine.", allow_abbrev=False
+    )
+    parser.add_argument("--out", default="bench", metavar="DIR", help="folder of numbers and figures (default: bench)")
+    parser.add_argument("--json", metavar="FILE", help="write the numbers to this file as well")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, under a minute: that it works, not how fast")
+    parser.add_argument("--only", nargs="+", choices=list(PARTS), metavar="NAME", help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--threads", type=int, metavar="N", help="of the computation (default: torch's choice)")
+    options = parser.parse_args(arguments)
+    if options.threads is not None and options.threads < 1:
+        raise CrbpError(f"--threads must be at least 1, not {options.threads}")
+    return options
+
+
+def _prepare(folder: Path, files: list[Path]) -> None:
+    """Make the folders now: minutes of measuring must not be lost to a path that cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in files:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with file.open("a"):
+                pass
+    except OSError as error:
+        raise CrbpError(
+            f"{error.filename} cannot be written ({error.strerror}); choose another --out or --json"
+        ) from None
+
+
+def _write(file: Path, numbers: Numbers) -> None:
+    """Replace the file in one go, so that a run cut short leaves the last whole one."""
+    part = file.with_name(f"{file.name}.part")
+    part.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+    part.replace(file)

@@ -1,0 +1,280 @@
+"""How soon training reaches a quality, and how soon a backward solver reaches the gradient."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+import crbp
+from crbp.bench.measure import Gradients, Numbers, make_cell, relative, textbook, timed, training_step
+from crbp.errors import CrbpError
+from crbp.losses import focal_loss
+from crbp.models import PathfinderNet
+from crbp.solvers import Solver
+
+if TYPE_CHECKING:
+    from crbp.demo.recipe import Recipe
+
+TARGET = 0.9
+EVERY = 400  # images between two validations
+WARMUP = 0.02
+PRECISION = 1e-12  # relative residual of the reference solution
+
+
+@dataclass
+class _Runner:
+    """One of the two codes in training: its parameters, how it takes a step, how long that has taken so far."""
+
+    net: nn.Module
+    step: Callable[[Tensor, Tensor, int, float], tuple[Tensor, Gradients]]
+    logits: Callable[[Tensor], Tensor]
+    optimizer: torch.optim.Optimizer
+    spent: list[float] = field(default_factory=list)
+    images: int = 0
+    curve: list[Numbers] = field(default_factory=list)
+    done: bool = False
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.spent)
+
+    def train(self, image: Tensor, mask: Tensor, steps: int, weight: float, rate: float) -> None:
+        """One optimiser step."""
+        self.optimizer.param_groups[0]["lr"] = rate
+
+        def update() -> None:
+            self.step(image, mask, steps, weight)
+            nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
+            self.optimizer.step()
+
+        self.spent.append(timed(update)[1])
+        self.images += len(image)
+
+    @torch.no_grad()
+    def validate(self, image: Tensor, mask: Tensor, size: int) -> None:
+        found = torch.cat([self.logits(part).argmax(dim=1).bool() for part in torch.split(image, size)])
+        f1 = 2 * float((found & mask).sum()) / max(float(found.sum() + mask.sum()), 1.0)
+        self.curve.append({"images": self.images, "seconds": self.seconds, "f1": f1})
+        self.done = f1 >= TARGET
+
+    def numbers(self) -> Numbers:
+        reached = self.curve[-1] if self.done else None
+        return {
+            "seconds": reached["seconds"] if reached else None,
+            "images": reached["images"] if reached else None,
+            "first_batch_seconds": self.spent[0],
+            "seconds_per_image": sum(self.spent[1:]) / (self.images * (1 - 1 / len(self.spent))),
+            "best_f1": max((point["f1"] for point in self.curve), default=None),
+            "curve": self.curve,
+        }
+
+
+def time_to_f1(*, quick: bool) -> Numbers:
+    """Seconds of training until validation F1 first reaches 0.9 on the demo's task, one thread each.
+
+    Both codes start from the same weights and see the same batches, one after the other, at the same rates, numbers of
+    steps and weights of the penalty. Making images and validating is not counted; compiling is, in the first batch,
+    which ``seconds_per_image`` leaves out.
+    """
+    from crbp.demo.recipe import FULL
+    from crbp.demo.training import validation
+
+    recipe = replace(FULL, images=160 if quick else 6_000, validation=32 if quick else 128)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        seen = validation(recipe, seed=0)
+        runners = _runners(recipe, fused=not quick)
+        _race(recipe, runners, seen, every=80 if quick else EVERY)
+    finally:
+        torch.set_num_threads(threads)
+    numbers: Numbers = {"target": TARGET, "seed": 0, "cap": recipe.images, "threads": 1}
+    numbers |= {name: runner.numbers() for name, runner in runners.items()}
+    ours, theirs = numbers["crbp"], numbers["textbook"]
+    both = ours["seconds"] is not None and theirs["seconds"] is not None
+    numbers["speedup"] = theirs["seconds"] / ours["seconds"] if both else None
+    # Both without their first batch, in which what is compiled compiles.
+    later = [found["seconds"] - found["first_batch_seconds"] for found in (ours, theirs)] if both else [1.0, 1.0]
+    numbers["speedup_after_first_batch"] = later[1] / later[0] if both else None
+    numbers["speedup_per_image"] = theirs["seconds_per_image"] / ours["seconds_per_image"]
+    return numbers
+
+
+def _runners(recipe: Recipe, *, fused: bool) -> dict[str, _Runner]:
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    net = _net(recipe, fused=fused)
+    other: Any = textbook().TextbookNet(recipe.channels, recipe.kernel_size)
+    other.load_state_dict(net.state_dict())
+
+    def ours(image: Tensor, mask: Tensor, steps: int, weight: float) -> tuple[Tensor, Gradients]:
+        return training_step(net, image, mask, steps=steps, weight=weight, gamma=recipe.gamma)
+
+    def theirs(image: Tensor, mask: Tensor, steps: int, weight: float) -> tuple[Tensor, Gradients]:
+        result: tuple[Tensor, Gradients] = textbook().training_step(
+            other, image, mask, steps=steps, terms=recipe.terms, weight=weight, gamma=recipe.gamma
+        )
+        return result
+
+    def adam(module: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.Adam(module.parameters(), lr=recipe.learning_rate, betas=(0.9, recipe.beta2))
+
+    return {
+        "crbp": _Runner(net, ours, lambda image: net(image).logits, adam(net)),
+        "textbook": _Runner(other, theirs, lambda image: other(image, recipe.steps), adam(other)),
+    }
+
+
+def _net(recipe: Recipe, *, fused: bool) -> PathfinderNet:
+    """The demo's model around a cell that is fused or not."""
+    net = recipe.net(recipe.rbp)
+    cell = make_cell(recipe.channels, recipe.kernel_size, fused=fused, horizon=recipe.horizon)
+    assert isinstance(net.cell, crbp.cells.HGRU)
+    cell.load_state_dict(net.cell.state_dict())
+    net.cell = cell
+    return net
+
+
+def _race(recipe: Recipe, runners: dict[str, _Runner], seen: tuple[Tensor, Tensor], *, every: int) -> None:
+    """Train both until each is done, or the images are used up or its gradient is no longer finite."""
+    total = recipe.images // recipe.batch_size
+    draw = torch.Generator().manual_seed(0)
+    batches = _batches(recipe)
+    for t in range(total):
+        image, mask = next(batches)
+        done = t / total
+        rate = recipe.learning_rate * min(1.0, (t + 1) / (WARMUP * total + 1)) * (1 + math.cos(math.pi * done)) / 2
+        steps = recipe.steps + int(torch.randint(round(recipe.step_jitter * done) + 1, (), generator=draw))
+        weight = recipe.penalty.weight * float(100 ** min(done / recipe.penalty_ramp - 1.0, 0.0))
+        racing = [runner for runner in runners.values() if not runner.done]
+        # Who goes first changes from batch to batch: the caches are then as warm for the one as for the other.
+        for runner in racing if t % 2 else racing[::-1]:
+            runner.train(image, mask, steps, weight, rate)
+            if runner.images // every > (runner.images - len(image)) // every:
+                runner.validate(*seen, size=recipe.batch_size)  # another size would compile anew
+        if all(runner.done for runner in runners.values()):
+            return
+
+
+def _batches(recipe: Recipe) -> Iterator[tuple[Tensor, Tensor]]:
+    """The demo's training batches, without end."""
+    data = recipe.data(seed=0)
+    for batch in itertools.chain.from_iterable(itertools.repeat(data.train_dataloader())):
+        yield batch["image"], batch["mask"]
+
+
+def solvers(*, quick: bool) -> Numbers:
+    """Relative error of the gradient against the vector-Jacobian products spent, on a cell whose radius is near 0.9.
+
+    The error is ``‖(u − u*)ᵀ ∂f/∂θ‖ / ‖u*ᵀ ∂f/∂θ‖`` over all parameters of the cell, in float64, with ``u*`` solved to
+    a relative residual of 1e-12. The cell is briefly trained, which leaves its spectral radius near 0.98;
+    then the bias of its update gates is raised, which makes it forget sooner, until the radius is 0.9
+    (where no bias does, the scales of its norms are halved first).
+    """
+    net, image, mask = _settled_cell(quick=quick)
+    tuned = _tune(net, image, wanted=0.9, settle=50 if quick else 150)
+    last, previous, g = _linear_problem(net, image, mask, settle=50 if quick else 150)
+    assert isinstance(net.cell, nn.Module)
+    parameters = list(net.cell.parameters())
+
+    def vjp(v: Tensor) -> Tensor:
+        return torch.autograd.grad(last, previous, v, retain_graph=True)[0]
+
+    def gradient(u: Tensor) -> Tensor:
+        return torch.cat([p.flatten() for p in torch.autograd.grad(last, parameters, u, retain_graph=True)])
+
+    found = crbp.GMRES(terms=200, tolerance=PRECISION).solve(vjp, g)
+    if not found.residual < 1e-8:
+        raise CrbpError(
+            f"the reference solution ended at a residual of {found.residual:.1e}; the radius is "
+            f"{tuned['spectral_radius']:.3f}"
+        )
+    wanted = gradient(found.solution)
+    products = (1, 2, 4, 8, 16) if quick else tuple(range(1, 41))
+    curves: dict[str, list[float]] = {}
+    for name, make in _SOLVERS.items():
+        curves[name] = [relative(gradient(make(terms).solve(vjp, g).solution), wanted) for terms in products]
+    return {
+        **tuned,
+        "reference": {"products": found.terms, "residual": found.residual},
+        "products": list(products),
+        "relative_error": curves,
+        "one_step_error": relative(gradient(g), wanted),
+        "products_to_1e-3": {
+            name: next((k for k, error in zip(products, curve, strict=True) if error <= 1e-3), None)
+            for name, curve in curves.items()
+        },
+    }
+
+
+_SOLVERS: dict[str, Callable[[int], Solver]] = {
+    "Neumann": lambda terms: crbp.Neumann(terms=terms),
+    "Anderson": lambda terms: crbp.Anderson(terms=terms, tolerance=0.0),
+    "GMRES": lambda terms: crbp.GMRES(terms=terms, tolerance=0.0),
+}
+
+
+def _settled_cell(*, quick: bool) -> tuple[PathfinderNet, Tensor, Tensor]:
+    """A briefly trained model in float64 and a batch of it."""
+    from crbp.demo.recipe import FULL
+
+    recipe = replace(FULL, images=1_600)
+    if quick:
+        recipe = replace(recipe, images=48, channels=6, kernel_size=5)
+    torch.manual_seed(0)
+    net = recipe.net(recipe.rbp)
+    optimizer = torch.optim.Adam(net.parameters(), lr=3e-3, betas=(0.9, recipe.beta2))
+    batches = _batches(recipe)
+    for _ in range(recipe.images // recipe.batch_size):
+        image, mask = next(batches)
+        training_step(net, image, mask, weight=recipe.penalty.weight, gamma=recipe.gamma)
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+    return net.double(), image[:2].double(), mask[:2]
+
+
+def _tune(net: PathfinderNet, image: Tensor, *, wanted: float, settle: int) -> Numbers:
+    """Bring the spectral radius to ``wanted``; see `solvers`. Returns it, and what was changed by how much."""
+    named = dict(net.named_parameters())
+    bias = named["cell.update_gate.bias"]
+    scales = [named["cell.inhibition_norm.weight"], named["cell.excitation_norm.weight"]]
+    start = bias.detach().clone()
+
+    @torch.no_grad()
+    def radius(shift: float) -> float:
+        bias.copy_(start + shift)
+        run = net(image, steps=settle).run
+        assert run is not None
+        generator = torch.Generator().manual_seed(0)
+        return float(crbp.spectral_radius(run, per_sample=True, generator=generator).radius.max())
+
+    factor, low, high = 1.0, 0.0, 8.0
+    while radius(high) >= wanted and factor > 1e-3:
+        factor /= 2
+        with torch.no_grad():
+            for scale in scales:
+                scale.div_(2)
+    for _ in range(8):
+        middle = (low + high) / 2
+        low, high = (low, middle) if radius(middle) < wanted else (middle, high)
+    return {"spectral_radius": radius(high), "bias_raised_by": high, "norm_scales_times": factor}
+
+
+def _linear_problem(net: PathfinderNet, image: Tensor, mask: Tensor, *, settle: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The last step on a graph, the state it starts from, and the gradient ``g`` of the loss at its end."""
+    with torch.no_grad():
+        drive = net.drive(image)
+        state = net.cell.initial_state(drive)
+        for _ in range(settle):
+            state = net.cell(state, drive)
+    previous = state.requires_grad_()
+    last = net.cell(previous, drive)
+    end = last.detach().requires_grad_()
+    (g,) = torch.autograd.grad(focal_loss(net.read(end), mask), end)
+    return last, previous, g

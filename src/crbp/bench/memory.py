@@ -1,0 +1,111 @@
+"""Memory of a training step against the number of steps, each measured in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+
+import crbp
+from crbp.bench.measure import WEIGHT, Numbers, Size, rbp
+from crbp.bench.speed import PAPER, TINY
+from crbp.errors import CrbpError
+from crbp.gradients import GradientMethod
+from crbp.losses import focal_loss
+
+GIB = 2**30
+LIMIT = 12 * GIB  # a method's curve ends before it would need more
+DEVICE = 24 * GIB  # of the accelerator whose end is extrapolated to
+METHODS = ("BPTT", "CheckpointedBPTT", "TruncatedBPTT", "RBP", "C-RBP", "OneStep", "Phantom")
+
+
+def gradient(method: str, terms: int) -> GradientMethod:
+    """The gradient that a name stands for."""
+    made: dict[str, GradientMethod] = {
+        "BPTT": crbp.BPTT(),
+        "CheckpointedBPTT": crbp.CheckpointedBPTT(),
+        "TruncatedBPTT": crbp.TruncatedBPTT(window=5),
+        "RBP": rbp(terms),
+        "C-RBP": rbp(terms),
+        "OneStep": crbp.OneStep(),
+        "Phantom": crbp.Phantom(window=5),
+    }
+    return made[method]
+
+
+def memory(*, quick: bool) -> Numbers:
+    """Bytes that autograd saves, and by how much the process grew, for each method and number of steps."""
+    size = replace(TINY, batch=1) if quick else Size(image=64, batch=1, fused=False)
+    counts = (5, 10, 20) if quick else (5, 10, 20, 50, 100, 200, 500)
+    names = ("BPTT", "C-RBP") if quick else METHODS
+    methods = {name: _curve(name, size, counts) for name in names}
+    paper = replace(TINY if quick else PAPER, batch=1, fused=False)
+    per_step, first = _per_step(paper)
+    crbp_bytes = saved(replace(paper, steps=3), "C-RBP")
+    return {
+        "size": asdict(size),
+        "steps": list(counts),
+        "methods": methods,
+        "paper": {
+            "size": asdict(paper),
+            "bptt_bytes_per_step": per_step,
+            "bptt_one_step_bytes": first,
+            "crbp_bytes": crbp_bytes,
+            "crbp_over_one_step_bptt": crbp_bytes / first,
+            "bptt_steps_in_24_gib": {
+                str(batch): int((DEVICE / batch - first) // per_step) + 1 for batch in (1, 2, 8, 32, 128)
+            },
+        },
+    }
+
+
+def saved(size: Size, method: str) -> int:
+    """Bytes that autograd saves for one training step; its backward pass is not run."""
+    torch.manual_seed(0)
+    net = size.net(gradient(method, size.terms))
+    image, mask = size.data()
+    with crbp.activation_memory(exclude=[*net.parameters(), image, mask]) as found:
+        prediction = net(image)
+        assert prediction.run is not None
+        loss = focal_loss(prediction.logits, mask)
+        if method == "C-RBP":
+            loss = loss + WEIGHT * crbp.lipschitz_penalty(prediction.run, reduction="mean_square")
+    del prediction, loss
+    return found.bytes
+
+
+def _per_step(size: Size) -> tuple[int, int]:
+    """Bytes that BPTT saves for each step more, and for one step."""
+    one, two, three = (saved(replace(size, steps=steps), "BPTT") for steps in (1, 2, 3))
+    return three - two, one
+
+
+def _curve(method: str, size: Size, counts: tuple[int, ...]) -> Numbers:
+    rows: list[Numbers] = []
+    stopped: int | None = None
+    for steps in counts:
+        if rows and _foreseen(rows, steps) > LIMIT:
+            stopped = steps
+            break
+        rows.append({"steps": steps, **_in_process(replace(size, steps=steps), method)})
+    return {"rows": rows, "stopped_before": stopped}
+
+
+def _foreseen(rows: list[Numbers], steps: int) -> float:
+    """Peak bytes at so many steps, were it proportional to them."""
+    last = rows[-1]
+    return float(max(last["peak_bytes"], last["saved_bytes"])) * steps / float(last["steps"])
+
+
+def _in_process(size: Size, method: str) -> Numbers:
+    job = json.dumps({"size": asdict(size), "method": method, "threads": torch.get_num_threads()})
+    done = subprocess.run([sys.executable, "-m", "crbp.bench.probe", job], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise CrbpError(f"measuring {method} at {size.steps} steps ended with status {done.returncode}: {reason}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found

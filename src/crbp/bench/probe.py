@@ -1,0 +1,57 @@
+"""One training step in a fresh process: what autograd saved and by how much the process grew. Run by `crbp.bench`."""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import crbp
+from crbp.bench.measure import WEIGHT, Numbers, Size, timed
+from crbp.bench.memory import gradient, saved
+from crbp.losses import focal_loss
+
+
+def peak() -> int:
+    """The most bytes of memory that this process has held so far."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # Unlike ru_maxrss, which begins at the size of the process that started this one, it is this program's own.
+        lines = status.read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    found = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return found if platform.system() == "Darwin" else 1024 * found
+
+
+def probe(size: Size, method: str) -> Numbers:
+    """Seconds, saved bytes and growth of one training step."""
+    torch.manual_seed(0)
+    net = size.net(gradient(method, size.terms))
+    image, mask = size.data()
+
+    def train(image: Tensor, mask: Tensor) -> None:
+        prediction = net(image)
+        assert prediction.run is not None
+        loss = focal_loss(prediction.logits, mask)
+        if method == "C-RBP":
+            loss = loss + WEIGHT * crbp.lipschitz_penalty(prediction.run, reduction="mean_square")
+        torch.autograd.backward(loss)
+
+    # What is loaded at the first step, whatever its size, counts for nothing.
+    train(image[:, :, :8, :8], mask[:, :8, :8])
+    net.zero_grad()
+    before = peak()
+    seconds = timed(lambda: train(image, mask))[1]
+    grown = peak() - before
+    return {"saved_bytes": saved(size, method), "peak_bytes": grown, "seconds": seconds}
+
+
+if __name__ == "__main__":
+    job = json.loads(sys.argv[1])
+    torch.set_num_threads(job["threads"])
+    print(json.dumps(probe(Size(**job["size"]), job["method"])))

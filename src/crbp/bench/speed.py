@@ -1,0 +1,175 @@
+"""Seconds of a training step beside the textbook's, how they grow, and the least that this machine allows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from functools import cache
+from typing import Any
+
+import torch
+
+from crbp.bench.measure import Numbers, Pair, Size, in_turns, relative, spread
+
+PAPER = Size()
+TINY = Size(channels=4, kernel_size=5, image=20, steps=4, terms=3, fused=False)
+BYTES = 4  # of a float32
+
+
+def step(*, quick: bool) -> Numbers:
+    """A training step at the paper's size, penalty on, batch 2, float32."""
+    size = TINY if quick else PAPER
+    return {"size": asdict(size), **Pair.of(size).compare(repeats=3 if quick else 5), "float64": exactness(size)}
+
+
+def exactness(size: Size) -> Numbers:
+    """Of either code, the largest ``‖a − b‖ / ‖b‖`` of a parameter's gradient, with ``b`` the textbook's in float64."""
+    pair = Pair.of(size)
+    exact = pair.in_float64()[1]
+    errors = {}
+    for name, job in (("crbp", pair.ours), ("textbook", pair.theirs)):
+        found = {at: relative(gradient, exact[at]) for at, gradient in job()[1].items()}
+        worst = max(found, key=lambda at: found[at])
+        errors[name] = {"gradient_error": found[worst], "at": worst}
+    return errors
+
+
+def kernels(*, quick: bool) -> Numbers:
+    """The same for the paper's smaller kernels, whose runs are longer there (30, 100 and 300 steps of 150×150)."""
+    base = replace(TINY, image=16) if quick else Size(image=48, steps=30)
+    rows = [
+        {"kernel_size": side, **Pair.of(replace(base, kernel_size=side)).compare(repeats=2 if quick else 5)}
+        for side in (3, 5, 9)
+    ]
+    scaled = "images and steps are scaled down: the paper has 150×150, and 300, 100 and 30 steps for 3, 5 and 9"
+    return {"size": asdict(base), "scaled": scaled, "rows": rows}
+
+
+def scaling(*, quick: bool) -> Numbers:
+    """Seconds against batch, image side and channels, and the exponent of each, ``seconds ∝ value^exponent``.
+
+    The cell is not fused: every size would compile anew.
+    """
+    base = replace(TINY, batch=1, steps=3, terms=2) if quick else Size(batch=1, image=75, steps=6, terms=4, fused=False)
+    grids: dict[str, Sequence[int]] = {
+        "batch": (1, 2) if quick else (1, 2, 4, 8),
+        "image": (16, 24) if quick else (48, 75, 100, 150, 200),
+        "channels": (4, 6) if quick else (8, 16, 25, 32, 64),
+    }
+    numbers: Numbers = {"size": asdict(base)}
+    measured = cache(lambda size: Pair.of(size).compare(repeats=2 if quick else 5))
+    for axis, values in grids.items():
+        rows = []
+        for value in values:
+            found = measured(_with(base, axis, value))
+            rows.append({"value": value, **{name: found[name] for name in ("crbp", "textbook", "speedup")}})
+        exponents = {name: exponent(values, [row[name]["median"] for row in rows]) for name in ("crbp", "textbook")}
+        numbers[axis] = {"rows": rows, "exponents": exponents}
+    return numbers
+
+
+def _with(size: Size, axis: str, value: int) -> Size:
+    change: dict[str, Any] = {axis: value}
+    return replace(size, **change)
+
+
+def exponent(values: Sequence[float], seconds: Sequence[float]) -> float:
+    """Slope of the least-squares line through ``(log value, log seconds)``."""
+    x = torch.tensor(values, dtype=torch.float64).log()
+    y = torch.tensor(seconds, dtype=torch.float64).log()
+    x = x - x.mean()
+    return float((x * y).sum() / x.square().sum())
+
+
+def roofline(*, quick: bool) -> Numbers:
+    """Peak arithmetic and bandwidth as measured, and what they allow the `step` part at best.
+
+    A direct convolution takes ``2 B C² k² H W`` operations. By FFT it takes a transform of every plane there and back,
+    and for every frequency a product ``(B, C) · (C, C)``, whose kernel spectrum has to be read; the two spectra are
+    computed once and their gradients transformed back once. Where everything else is fused, a step
+    moves ``TRANSFERS["step"]`` tensors ``(B, C, H, W)``, a vector-Jacobian product ``TRANSFERS["product"]``.
+    """
+    size = TINY if quick else PAPER
+    peak = _peak_flops(256 if quick else 3072, repeats=3 if quick else 7)
+    bandwidth = _bandwidth(2**20 if quick else 2**26, repeats=3 if quick else 7)
+    direct = convolutions(size) * 2.0 * size.batch * (size.channels * size.kernel_size * size.image) ** 2
+    fourier, spectra = _fourier(size)
+    elementwise = _elementwise_bytes(size)
+    return {
+        "size": asdict(size),
+        "gflops": {name: value / 1e9 for name, value in peak.items()},
+        "gbytes_per_second": {name: value / 1e9 for name, value in bandwidth.items()},
+        "direct_gflop": direct / 1e9,
+        "fft_gflop": fourier / 1e9,
+        "fft_gbyte": spectra / 1e9,
+        "elementwise_gbyte": elementwise / 1e9,
+        "transfers": TRANSFERS,
+        "least_seconds": {
+            "direct": direct / peak["best"],
+            "fft": max(fourier / peak["best"], spectra / bandwidth["triad"]),
+            "elementwise": elementwise / bandwidth["triad"],
+        },
+        "note": "no cache is counted on: a tensor that stays in one moves faster than the bandwidth of memory",
+    }
+
+
+# Reads and writes of whole tensors with perfect fusion. A step: h → gated (2); c1 twice, for its statistics too, h
+# and x → z (5); c2 twice, z and h → h' (5). Its product reads what these read and the cotangent and writes one a stage.
+TRANSFERS = {"step": 12, "product": 20}
+
+
+def _peak_flops(side: int, *, repeats: int) -> Numbers:
+    a, b = torch.rand(side, side), torch.rand(side, side)
+    out = torch.empty(side, side)
+    torch.mm(a, b, out=out)
+    seconds = in_turns({"mm": lambda: torch.mm(a, b, out=out)}, repeats)["mm"]
+    return {"best": 2 * side**3 / min(seconds), "median": 2 * side**3 / spread(seconds)["median"]}
+
+
+def _bandwidth(items: int, *, repeats: int) -> Numbers:
+    a, b, c = torch.rand(items), torch.rand(items), torch.empty(items)
+    jobs: dict[str, Any] = {"copy": lambda: c.copy_(a), "triad": lambda: torch.add(a, b, alpha=3.0, out=c)}
+    in_turns(jobs, 1)
+    seconds = in_turns(jobs, repeats)
+    return {name: moved * BYTES * items / min(seconds[name]) for name, moved in (("copy", 2), ("triad", 3))}
+
+
+def convolutions(size: Size) -> int:
+    """The fewest convolutions of C to C channels that a training step can do with.
+
+    Two for each of the ``N`` steps, the ``K`` products, the penalty's product and the last backward pass, which has two
+    gradients of kernels beside, and two of either kind for the second derivative.
+    """
+    return 2 * (size.steps + size.terms + 5)
+
+
+def _fourier(size: Size) -> tuple[float, float]:
+    """Operations and bytes of the convolutions of one training step by FFT."""
+    side = _fast(size.image + size.kernel_size // 2)
+    frequencies = side * (side // 2 + 1)
+    transform = 2.5 * side**2 * math.log2(side**2)
+    planes, pairs = size.batch * size.channels, size.channels**2
+    each = 2 * planes * transform + 8 * planes * size.channels * frequencies
+    flops = convolutions(size) * each + 2 * 2 * pairs * transform
+    moved = 2 * planes * (BYTES * size.image**2 + 2 * 2 * BYTES * frequencies) + 2 * BYTES * pairs * frequencies
+    return flops, convolutions(size) * moved
+
+
+def _fast(least: int) -> int:
+    """The next number without a prime factor above 5."""
+    number = least
+    while True:
+        rest = number
+        for prime in (2, 3, 5):
+            while rest % prime == 0:
+                rest //= prime
+        if rest == 1:
+            return number
+        number += 1
+
+
+def _elementwise_bytes(size: Size) -> float:
+    tensor = BYTES * size.batch * size.channels * size.image**2
+    products = size.terms + 3  # the series, the penalty's, the last backward pass and the second derivative
+    return float(tensor * (size.steps * TRANSFERS["step"] + products * TRANSFERS["product"]))

@@ -1,0 +1,139 @@
+"""The numbers of each part as a table for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from rich.table import Table
+
+from crbp.bench.measure import Numbers
+
+_MIB = 2**20
+
+
+def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _spread(found: Numbers, unit: str = "") -> str:
+    return f"{found['median']:.3g}{unit} ({found['min']:.3g} to {found['max']:.3g})"
+
+
+def _pair(found: Numbers) -> list[str]:
+    return [
+        _spread(found["crbp"], " s"),
+        _spread(found["textbook"], " s"),
+        _spread(found["speedup"], "×"),
+        f"{found['gradient_difference_overall']:.1e}",
+        f"{found['compile_seconds']:.1f} s",
+    ]
+
+
+_PAIR = ("crbp", "textbook", "speed-up", "gradient differs by", "compiling")
+
+
+def step(numbers: Numbers) -> Table:
+    """Both codes at one size."""
+    size = numbers["size"]
+    title = (
+        f"A training step: {size['channels']} channels, {size['kernel_size']}×{size['kernel_size']} kernels, "
+        f"{size['batch']} images of {size['image']}×{size['image']}, N = {size['steps']}, K = {size['terms']}"
+    )
+    return _table(title, ("", *_PAIR), [["step", *_pair(numbers)]])
+
+
+def kernels(numbers: Numbers) -> Table:
+    """Both codes at several kernels."""
+    rows = [[f"{row['kernel_size']}×{row['kernel_size']}", *_pair(row)] for row in numbers["rows"]]
+    size = numbers["size"]
+    title = f"Smaller kernels: {size['batch']} images of {size['image']}×{size['image']}, N = {size['steps']}"
+    return _table(title, ("kernel", *_PAIR), rows)
+
+
+def memory(numbers: Numbers) -> Table:
+    """Saved activations and growth of the process."""
+    counts = numbers["steps"]
+    rows = []
+    for name, curve in numbers["methods"].items():
+        found = {row["steps"]: row for row in curve["rows"]}
+        rows.append(
+            [name]
+            + [
+                f"{found[n]['saved_bytes'] / _MIB:.3g} / {found[n]['peak_bytes'] / _MIB:.3g}" if n in found else "–"
+                for n in counts
+            ]
+        )
+    paper = numbers["paper"]
+    limits = ", ".join(f"{steps} steps of {batch}" for batch, steps in paper["bptt_steps_in_24_gib"].items())
+    table = _table("MiB saved / grown by", ("", *(f"N = {n}" for n in counts)), rows)
+    table.caption = (
+        f"At the paper's size C-RBP saves {paper['crbp_over_one_step_bptt']:.2f} times what one step of BPTT does; "
+        f"BPTT fills 24 GiB at {limits} images."
+    )
+    return table
+
+
+def time_to_f1(numbers: Numbers) -> Table:
+    """Seconds to the target."""
+    rows = []
+    for name in ("crbp", "textbook"):
+        found = numbers[name]
+        reached = [f"{found['seconds']:.0f} s", str(found["images"])] if found["seconds"] is not None else ["–", "–"]
+        best = "–" if found["best_f1"] is None else f"{found['best_f1']:.3f}"
+        rows.append([name, *reached, f"{1e3 * found['seconds_per_image']:.3g} ms", best])
+    whole = "–" if numbers["speedup"] is None else f"{numbers['speedup']:.2f}×"
+    table = _table(
+        f"Training to a validation F1 of {numbers['target']}", ("", "seconds", "images", "an image", "best F1"), rows
+    )
+    table.caption = f"speed-up {whole}, an image {numbers['speedup_per_image']:.2f}×"
+    return table
+
+
+def solvers(numbers: Numbers) -> Table:
+    """Error against products."""
+    products = numbers["products"]
+    shown = [i for i, k in enumerate(products) if k in (1, 2, 4, 8, 15, 16, 20, 30, 40)]
+    rows = [[name, *(f"{errors[i]:.1e}" for i in shown)] for name, errors in numbers["relative_error"].items()]
+    title = f"Relative error of the gradient after K products, spectral radius {numbers['spectral_radius']:.3f}"
+    return _table(title, ("", *(f"K = {products[i]}" for i in shown)), rows)
+
+
+def scaling(numbers: Numbers) -> Table:
+    """Seconds and exponents."""
+    rows = []
+    for axis in ("batch", "image", "channels"):
+        part = numbers[axis]
+        for row in part["rows"]:
+            rows.append([f"{axis} {row['value']}", *(_spread(row[name]) for name in ("crbp", "textbook", "speedup"))])
+        rows.append([f"{axis}: exponent", *(f"{part['exponents'][name]:.2f}" for name in ("crbp", "textbook")), ""])
+    return _table("How a training step scales", ("", "crbp (s)", "textbook (s)", "speed-up"), rows)
+
+
+def roofline(numbers: Numbers) -> Table:
+    """What the machine allows."""
+    work = {"direct": "direct_gflop", "fft": "fft_gflop", "elementwise": "elementwise_gbyte"}
+    rows = [
+        [name, f"{numbers[work[name]]:.4g} {'GB' if name == 'elementwise' else 'GFLOP'}", f"{seconds:.3g} s"]
+        for name, seconds in numbers["least_seconds"].items()
+    ]
+    title = (
+        f"The least this machine allows the step: {numbers['gflops']['best']:.0f} GFLOP/s, "
+        f"{numbers['gbytes_per_second']['triad']:.1f} GB/s"
+    )
+    return _table(title, ("", "work", "at least"), rows)
+
+
+TABLES: dict[str, Callable[[Numbers], Table]] = {
+    "step": step,
+    "kernels": kernels,
+    "memory": memory,
+    "time_to_f1": time_to_f1,
+    "solvers": solvers,
+    "scaling": scaling,
+    "roofline": roofline,
+}

@@ -1,0 +1,28 @@
+"""What the autograd engine is after while it runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def wanted(ctx: Any, arguments: int, *, first: int = 0) -> tuple[bool, ...]:
+    """For each tensor a `torch.autograd.Function` was given, whether this backward pass needs its gradient.
+
+    The tensors are ``arguments`` in number, the first of them argument ``first``.
+
+    ``ctx.needs_input_grad`` says what could be asked for. A vector-Jacobian product for the state alone must not pay
+    for the weights too, and which nodes the pass goes on to only the engine knows.
+    """
+    # The engine's list has the tensors alone.
+    pairs = zip(ctx.needs_input_grad[first : first + arguments], ctx.next_functions[:arguments], strict=True)
+    return tuple(needed and _executes(node) for needed, (node, _) in pairs)
+
+
+def _executes(node: Any) -> bool:
+    """Whether the running pass goes on to a node; True where the engine does not say."""
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except (AttributeError, RuntimeError, TypeError):
+        return True  # a leaf in `torch.autograd.grad`, or no pass of the engine at all

@@ -1,0 +1,317 @@
+"""Convolutions that keep the image size: direct, or by FFT with the kernel's spectrum shared over a whole run."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from crbp._checks import choice, count
+from crbp.ops._engine import wanted
+
+Method = Literal["auto", "direct", "fft"]
+
+
+class Frame(NamedTuple):
+    """Where an image of ``height × width`` lies in the periodic plane of the transform.
+
+    The plane need only be half a kernel larger than the image: what wraps around at one edge falls on the zeros that
+    the other edge has anyway.
+    """
+
+    height: int
+    width: int
+    rows: int
+    columns: int
+    top: int
+    left: int
+
+    @staticmethod
+    def around(image: tuple[int, int], kernel: tuple[int, int]) -> Frame:
+        """The smallest plane that is fast to transform."""
+        (height, width), (top, left) = image, (kernel[0] // 2, kernel[1] // 2)
+        rows, columns = _fast_size(max(height + top, kernel[0])), _fast_size(max(width + left, kernel[1]))
+        return Frame(height, width, rows, columns, top, left)
+
+
+@lru_cache
+def _fast_size(least: int) -> int:
+    """The smallest even number from ``least`` on without a prime factor above 5."""
+    size = least + least % 2
+    while True:
+        rest = size
+        for factor in (2, 3, 5):
+            while rest % factor == 0:
+                rest //= factor
+        if rest == 1:
+            return size
+        size += 2
+
+
+def conv2d(image: Tensor, weight: Tensor, *, method: Method = "auto") -> Tensor:
+    """Cross-correlate images with odd kernels, stride 1, zeros around: the size is kept.
+
+    ``y[b, o, i, j] = Σ w[o, c, u, v] x[b, c, i + u − k/2, j + v − k/2]``, as `torch.nn.functional.conv2d` with
+    ``padding="same"``. By FFT it is ``rfft2``, one matrix product for each frequency, ``irfft2``: the cost does not
+    depend on the kernel's size. It can be differentiated any number of times. Inside `shared_spectra`, which
+    `crbp.Evolve` opens for each run, a kernel is transformed once.
+
+    Args:
+        image: ``(B, C, H, W)``.
+        weight: ``(O, C, k, k)``, odd sides.
+        method: ``"direct"``, ``"fft"`` (float32 or float64), or ``"auto"``: whichever `prefers_fft` expects to be
+            faster.
+
+    Returns:
+        ``(B, O, H, W)``.
+
+    Raises:
+        ValueError: for an even kernel, an unknown method, or a dtype without an FFT.
+    """
+    choice("method", method, get_args(Method))
+    if weight.shape[-1] % 2 == 0 or weight.shape[-2] % 2 == 0:
+        raise ValueError(f"a kernel must have odd sides to keep the image size, not {tuple(weight.shape[-2:])}")
+    if method == "direct" or (method == "auto" and not prefers_fft(image, weight)):
+        return F.conv2d(image, weight, padding="same")
+    if image.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"there is no FFT for images of {image.dtype}; choose method='direct' or float32")
+    frame = Frame.around((image.shape[-2], image.shape[-1]), (weight.shape[-2], weight.shape[-1]))
+    result: Tensor = _Correlate.apply(image, _spectrum_of(weight, frame), frame)
+    return result
+
+
+def prefers_fft(image: Tensor, weight: Tensor) -> bool:
+    """Whether the FFT is expected to be faster: a rule fitted to times on a CPU; `benchmarks/convolution.py` has them.
+
+    Elsewhere, in lower precision, under autocast and inside `torch.compile` the direct method is taken.
+    """
+    if image.device.type != "cpu" or image.dtype not in (torch.float32, torch.float64):
+        return False
+    if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+        return False
+    outputs, inputs, height, width = weight.shape
+    frame = Frame.around((image.shape[-2], image.shape[-1]), (height, width))
+    direct = image.shape[-2] * image.shape[-1] * height * width * inputs * outputs
+    plane = frame.rows * frame.columns
+    # Transforms and their copies for each channel; the products, of which the spectrum is read once for all images.
+    fft = plane * (TRANSFORM * (inputs + outputs) + inputs * outputs * (PRODUCT + SPECTRUM / image.shape[0]))
+    return fft < direct
+
+
+# Costs in multiply-adds of the direct method.
+TRANSFORM, PRODUCT, SPECTRUM = 160.0, 4.0, 40.0
+
+
+class Conv2d(nn.Conv2d):
+    """A layer of `conv2d` without bias; its parameter is that of `torch.nn.Conv2d`.
+
+    Args:
+        inputs: channels C of the image.
+        outputs: channels O of the result.
+        kernel_size: side of the kernel, odd.
+        method: see `conv2d`.
+
+    Raises:
+        ValueError: for an even kernel or an unknown method.
+    """
+
+    def __init__(self, inputs: int, outputs: int, kernel_size: int, *, method: Method = "auto") -> None:
+        choice("method", method, get_args(Method))
+        count("kernel_size", kernel_size)
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd, so that the image size is kept, not {kernel_size}")
+        super().__init__(inputs, outputs, kernel_size, padding="same", bias=False)
+        self.method: Method = method
+
+    def forward(self, image: Tensor) -> Tensor:
+        """``(B, C, H, W)`` to ``(B, O, H, W)``."""
+        return conv2d(image, self.weight, method=self.method)
+
+
+@dataclass
+class _Shared(threading.local):
+    """The spectra of the run that this thread is in, by kernel and frame."""
+
+    spectra: dict[Any, tuple[Tensor, Tensor]] | None = None
+    graph: bool = field(default=False)
+
+
+_shared = _Shared()
+
+
+@contextmanager
+def shared_spectra() -> Iterator[None]:
+    """Transform each kernel once within this context, whose kernels must not be changed in it.
+
+    Where gradients are recorded on entering, the spectra carry them, also to uses under ``torch.no_grad`` inside: the
+    one spectrum serves the steps without a graph and the last one with it.
+    """
+    before = _shared.spectra, _shared.graph
+    _shared.spectra, _shared.graph = {}, torch.is_grad_enabled()
+    try:
+        yield
+    finally:
+        _shared.spectra, _shared.graph = before
+
+
+def _spectrum_of(weight: Tensor, frame: Frame) -> Tensor:
+    if _shared.spectra is None:
+        found: Tensor = _Spectrum.apply(weight, frame)
+        return found
+    key = id(weight), weight._version, frame
+    if key not in _shared.spectra:
+        with torch.set_grad_enabled(_shared.graph):
+            # The weight is kept as well, so that its id stays its own.
+            _shared.spectra[key] = _Spectrum.apply(weight, frame), weight
+    return _shared.spectra[key][0]
+
+
+# A kernel w acts through its spectrum S[f] = conj ŵ[f], a (C, O) matrix for each frequency f; an image x through
+# (B, C) matrices x̂[f]. All is bilinear, so three products, each the derivative of the others, and a linear pair are
+# enough for derivatives of any order:
+#   correlate(x, S) = U(x̂ S)      convolve(y, S) = U(conj(conj(ŷ) Sᵀ)), its adjoint in x
+#   cross(x, y) = conj(x̂)ᵀ ŷ, its adjoint in S          spectrum(w) and its adjoint
+# The gradient of a spectrum is kept in frequencies, as the adjoint of `spectrum` wants it; private to this module.
+
+
+def _transform(image: Tensor, frame: Frame, top: int, left: int, *, conjugate: bool) -> Tensor:
+    """``(B, C, H, W)``, set at ``(top, left)`` into the plane, to its spectrum ``(F, B, C)``, laid out so."""
+    right, bottom = frame.columns - frame.width - left, frame.rows - frame.height - top
+    spectrum = torch.fft.rfft2(F.pad(image, (left, right, top, bottom))).flatten(2).permute(2, 0, 1)
+    # A matrix product on views would copy them one by one.
+    laid = torch.empty(spectrum.shape, dtype=spectrum.dtype, device=spectrum.device)
+    laid.copy_(spectrum.conj() if conjugate else spectrum)
+    return laid
+
+
+def _inverse(spectrum: Tensor, frame: Frame, top: int, left: int, *, conjugate: bool) -> Tensor:
+    """The part of the plane at ``(top, left)`` of a spectrum ``(F, B, C)``: ``(B, C, H, W)``."""
+    spectrum = spectrum.permute(1, 2, 0)
+    laid = torch.empty(spectrum.shape, dtype=spectrum.dtype, device=spectrum.device)
+    laid.copy_(spectrum.conj() if conjugate else spectrum)
+    columns = torch.fft.ifft(laid.view(*laid.shape[:2], frame.rows, frame.columns // 2 + 1), dim=-2)
+    plane = torch.fft.irfft(columns[..., top : top + frame.height, :], n=frame.columns)
+    image: Tensor = plane[..., left : left + frame.width].contiguous()
+    return image
+
+
+class _Correlate(torch.autograd.Function):
+    """``(B, C, H, W), (F, C, O) → (B, O, H, W)``."""
+
+    @staticmethod
+    def forward(image: Tensor, spectrum: Tensor, frame: Frame) -> Tensor:
+        product = torch.bmm(_transform(image, frame, frame.top, frame.left, conjugate=False), spectrum)
+        return _inverse(product, frame, 0, 0, conjugate=False)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        image, spectrum, ctx.frame = inputs
+        ctx.save_for_backward(image, spectrum)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        image, spectrum = ctx.saved_tensors
+        for_image, for_spectrum = _wanted(ctx)
+        return (
+            _Convolve.apply(gradient, spectrum, ctx.frame) if for_image else None,
+            _Cross.apply(image, gradient, ctx.frame) if for_spectrum else None,
+            None,
+        )
+
+
+class _Convolve(torch.autograd.Function):
+    """``(B, O, H, W), (F, C, O) → (B, C, H, W)``."""
+
+    @staticmethod
+    def forward(image: Tensor, spectrum: Tensor, frame: Frame) -> Tensor:
+        product = torch.bmm(_transform(image, frame, 0, 0, conjugate=True), spectrum.mT)
+        return _inverse(product, frame, frame.top, frame.left, conjugate=True)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        image, spectrum, ctx.frame = inputs
+        ctx.save_for_backward(image, spectrum)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        image, spectrum = ctx.saved_tensors
+        for_image, for_spectrum = _wanted(ctx)
+        return (
+            _Correlate.apply(gradient, spectrum, ctx.frame) if for_image else None,
+            _Cross.apply(gradient, image, ctx.frame) if for_spectrum else None,
+            None,
+        )
+
+
+class _Cross(torch.autograd.Function):
+    """``(B, C, H, W), (B, O, H, W) → (F, C, O)``: what the two have to do with a spectrum between them."""
+
+    @staticmethod
+    def forward(image: Tensor, result: Tensor, frame: Frame) -> Tensor:
+        ours = _transform(image, frame, frame.top, frame.left, conjugate=True)
+        return torch.bmm(ours.mT, _transform(result, frame, 0, 0, conjugate=False))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        image, result, ctx.frame = inputs
+        ctx.save_for_backward(image, result)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        image, result = ctx.saved_tensors
+        for_image, for_result = _wanted(ctx)
+        return (
+            _Convolve.apply(result, gradient, ctx.frame) if for_image else None,
+            _Correlate.apply(image, gradient, ctx.frame) if for_result else None,
+            None,
+        )
+
+
+class _Spectrum(torch.autograd.Function):
+    """``(O, C, k, k) → (F, C, O)``."""
+
+    @staticmethod
+    def forward(weight: Tensor, frame: Frame) -> Tensor:
+        spectrum = torch.fft.rfft2(weight, s=(frame.rows, frame.columns)).flatten(2).permute(2, 1, 0)
+        laid = torch.empty(spectrum.shape, dtype=spectrum.dtype, device=spectrum.device)
+        laid.copy_(spectrum.conj())
+        return laid
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        weight, ctx.frame = inputs
+        ctx.kernel = weight.shape[-2], weight.shape[-1]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return _Kernel.apply(gradient, ctx.frame, ctx.kernel), None
+
+
+class _Kernel(torch.autograd.Function):
+    """``(F, C, O) → (O, C, k, k)``: the adjoint of `_Spectrum`."""
+
+    @staticmethod
+    def forward(spectrum: Tensor, frame: Frame, kernel: tuple[int, int]) -> Tensor:
+        small = frame._replace(height=kernel[0], width=kernel[1])
+        return _inverse(spectrum.transpose(1, 2), small, 0, 0, conjugate=True)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        _, ctx.frame, _ = inputs
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return _Spectrum.apply(gradient, ctx.frame), None, None
+
+
+def _wanted(ctx: Any) -> tuple[bool, bool]:
+    """Of two arguments, whose gradient this backward pass needs."""
+    first, second = wanted(ctx, 2)
+    return first, second

@@ -1,0 +1,156 @@
+"""`crbp bench` at its quick size: what it writes, and the identities that hold at any size."""
+
+import json
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from crbp.bench import measure
+from crbp.bench.measure import Pair, Size, in_turns, spread
+from crbp.bench.speed import convolutions, exponent
+from crbp.cli import main
+
+
+@pytest.fixture(scope="module")
+def numbers(tmp_path_factory):
+    """The quick numbers of three parts, through the command."""
+    out = tmp_path_factory.mktemp("bench")
+    file = out / "elsewhere" / "numbers.json"
+    quick = ["bench", "--quick", "--threads", "1", "--out", str(out), "--json", str(file)]
+    assert main([*quick, "--only", "step", "solvers", "memory"]) == 0
+    for name in ("solvers", "memory"):
+        assert (out / f"{name}.png").stat().st_size > 1000
+    found = json.loads(file.read_text())
+    assert found == json.loads((out / "bench.json").read_text())
+    return found
+
+
+def test_the_machine_is_named(numbers):
+    assert numbers["quick"] is True
+    assert list(numbers["parts"]) == ["step", "solvers", "memory"]
+    assert numbers["environment"]["torch"] == torch.__version__
+    assert numbers["environment"]["threads"] == 1
+    assert numbers["environment"].keys() >= {"commit", "cores", "processor", "python", "crbp", "date"}
+
+
+def test_both_codes_take_the_same_step(numbers):
+    step = numbers["parts"]["step"]
+    assert step["loss_difference"] < 1e-5
+    assert step["gradient_difference"] < 1e-3
+    # Float32 against float64 is what both are away from the truth by; crbp is no further than a few times that.
+    errors = {name: found["gradient_error"] for name, found in step["float64"].items()}
+    assert 0 < errors["crbp"] < 10 * errors["textbook"]
+    for name in ("crbp", "textbook", "speedup"):
+        assert 0 < step[name]["min"] <= step[name]["median"] <= step[name]["max"]
+        assert step[name]["repeats"] == 3
+
+
+def test_memory_is_flat_for_c_rbp_and_linear_for_bptt(numbers):
+    memory = numbers["parts"]["memory"]
+    saved = {name: [row["saved_bytes"] for row in curve["rows"]] for name, curve in memory["methods"].items()}
+    assert len(set(saved["C-RBP"])) == 1
+    assert saved["C-RBP"][0] < saved["BPTT"][0]
+    a, b, c = memory["steps"]
+    low, middle, high = saved["BPTT"]
+    assert (middle - low) * (c - b) == (high - middle) * (b - a)
+    for curve in memory["methods"].values():
+        assert curve["stopped_before"] is None
+        assert all(row["peak_bytes"] >= 0 for row in curve["rows"])
+    paper = memory["paper"]
+    assert paper["crbp_bytes"] == pytest.approx(paper["crbp_over_one_step_bptt"] * paper["bptt_one_step_bytes"])
+    one, two = (paper["bptt_steps_in_24_gib"][batch] for batch in ("1", "2"))
+    assert one == pytest.approx(2 * two, rel=1e-2)
+
+
+def test_solvers_close_in_on_the_gradient(numbers):
+    solvers = numbers["parts"]["solvers"]
+    assert solvers["reference"]["residual"] < 1e-8
+    assert solvers["spectral_radius"] == pytest.approx(0.9, abs=0.05)
+    for errors in solvers["relative_error"].values():
+        assert errors[-1] < errors[0]
+        assert errors[-1] < solvers["one_step_error"]
+    # No solver that spends as many products has a smaller residual than GMRES; its error is smallest in the end too.
+    last = {name: errors[-1] for name, errors in solvers["relative_error"].items()}
+    assert last["GMRES"] < last["Neumann"]
+
+
+@pytest.mark.slow
+def test_the_other_parts(tmp_path):
+    out = tmp_path / "bench"
+    others = ["kernels", "time_to_f1", "scaling", "roofline"]
+    assert main(["bench", "--quick", "--threads", "1", "--out", str(out), "--only", *others]) == 0
+    parts = json.loads((out / "bench.json").read_text())["parts"]
+    assert [row["kernel_size"] for row in parts["kernels"]["rows"]] == [3, 5, 9]
+    assert all(row["gradient_difference"] < 1e-2 for row in parts["kernels"]["rows"])
+    race = parts["time_to_f1"]
+    assert race["speedup_per_image"] > 0
+    assert [point["images"] for point in race["crbp"]["curve"]] == [80, 160]
+    # The same weights, batches and optimiser: float32 sets the two apart only slowly.
+    first = [race[name]["curve"][0]["f1"] for name in ("crbp", "textbook")]
+    assert first[0] == pytest.approx(first[1], abs=0.02)
+    for axis in ("batch", "image", "channels"):
+        assert len(parts["scaling"][axis]["rows"]) == 2
+    least = parts["roofline"]["least_seconds"]
+    assert least["direct"] > 0
+    assert least["fft"] > 0
+    assert least["elementwise"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--threads", "0"], "0"),
+        (["--threads", "x"], "x"),
+        (["--only", "nothing"], "nothing"),
+        (["--onl", "step"], "--onl"),
+        (["--json", "/dev/null/x.json"], "/dev/null"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments, named, tmp_path, capsys):
+    assert main(["bench", "--quick", "--out", str(tmp_path / "out"), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert named in error
+
+
+def test_it_needs_a_checkout(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(measure, "CHECKOUT", tmp_path)
+    measure.textbook.cache_clear()
+    assert main(["bench", "--out", str(tmp_path / "out")]) == 2
+    assert "only a checkout of crbp has" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    measure.textbook.cache_clear()
+
+
+def test_the_convolutions_of_a_step_are_counted_right():
+    size = Size(channels=3, kernel_size=5, image=8, batch=1, steps=4, terms=2, fused=False)
+    kernel, found = (3, 3, 5, 5), 0
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal found
+            packet = function.overloadpacket
+            if packet is torch.ops.aten.convolution:
+                found += tuple(args[1].shape) == kernel
+            elif packet is torch.ops.aten.convolution_backward and tuple(args[2].shape) == kernel:
+                found += args[10][0] + args[10][1]
+            return function(*args, **(kwargs or {}))
+
+    job = Pair.of(size).theirs
+    with Count():
+        job()
+    # Two more are gradients of kernels in the second derivative, which PyTorch words as convolutions with an image.
+    assert found + 2 == convolutions(size)
+
+
+def test_exponents_are_those_of_a_power_law():
+    assert exponent([1, 2, 5], [3.0, 12.0, 75.0]) == pytest.approx(2)
+
+
+def test_jobs_take_turns():
+    order = []
+    seconds = in_turns({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3)
+    assert "".join(order) == "ababab"
+    assert [len(each) for each in seconds.values()] == [3, 3]
+    assert spread([3.0, 1.0, 2.0]) == {"median": 2.0, "min": 1.0, "max": 3.0, "repeats": 3}

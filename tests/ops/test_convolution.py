@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import crbp
+from crbp import ops
+from crbp.ops import convolution
+
+SHAPES = [(2, 3, 2, (9, 12), (5, 5)), (1, 2, 4, (8, 8), (7, 7)), (3, 2, 2, (5, 6), (3, 9)), (2, 1, 1, (4, 31), (1, 1))]
+
+
+def pair(shape: tuple[Any, ...], dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    batch, inputs, outputs, size, kernel = shape
+    torch.manual_seed(0)
+    image = torch.randn(batch, inputs, *size, dtype=dtype, requires_grad=True)
+    weight = torch.randn(outputs, inputs, *kernel, dtype=dtype, requires_grad=True)
+    return image, weight
+
+
+def by_fft(image: Tensor, weight: Tensor) -> Tensor:
+    return ops.conv2d(image, weight, method="fft")
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_fft_equals_direct_with_its_gradients(shape: tuple[Any, ...]) -> None:
+    image, weight = pair(shape)
+    ours, theirs = by_fft(image, weight), F.conv2d(image, weight, padding="same")
+    torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
+    gradient = torch.randn_like(theirs)
+    for got, wanted in zip(
+        torch.autograd.grad(ours, (image, weight), gradient),
+        torch.autograd.grad(theirs, (image, weight), gradient),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 2, (4, 5), (5, 5)), (2, 1, 2, (5, 3), (3, 7))])
+def test_fft_passes_gradcheck_twice(shape: tuple[Any, ...]) -> None:
+    arguments = pair(shape)
+    assert torch.autograd.gradcheck(by_fft, arguments)
+    assert torch.autograd.gradgradcheck(by_fft, arguments)
+
+
+def test_fft_in_single_precision_is_as_exact_as_the_direct_sum() -> None:
+    image, weight = pair((2, 8, 8, (64, 64), (15, 15)))
+    wanted = F.conv2d(image, weight, padding="same").detach()
+    error = (by_fft(image.float(), weight.float()) - wanted).norm() / wanted.norm()
+    assert error < 1e-6
+
+
+def test_functional_transforms_differentiate_it_too() -> None:
+    image, weight = pair(SHAPES[0])
+    value, pull = torch.func.vjp(lambda x: by_fft(x, weight), image)
+    (got,) = pull(torch.ones_like(value))
+    (wanted,) = torch.autograd.grad(F.conv2d(image, weight, padding="same").sum(), image)
+    torch.testing.assert_close(got, wanted)
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    seen: list[tuple[int, ...]] = []
+    original = convolution._Spectrum.forward
+
+    def forward(weight: Tensor, frame: convolution.Frame) -> Tensor:
+        seen.append(tuple(weight.shape))
+        return original(weight, frame)
+
+    monkeypatch.setattr(convolution._Spectrum, "forward", staticmethod(forward))
+    return seen
+
+
+@pytest.mark.parametrize("gradient", [crbp.RBP(crbp.Neumann(terms=4)), crbp.BPTT()], ids=["RBP", "BPTT"])
+def test_a_run_transforms_each_kernel_once(monkeypatch: pytest.MonkeyPatch, gradient: crbp.GradientMethod) -> None:
+    weight = torch.randn(3, 3, 5, 5, requires_grad=True)
+    seen = counted(monkeypatch)
+    run = crbp.Evolve(steps=7, gradient=gradient)(
+        lambda h: torch.tanh(0.1 * by_fft(h, weight) + 1), torch.zeros(2, 3, 9, 9)
+    )
+    (run.state.sum() + crbp.lipschitz_penalty(run, bound=0.0)).backward()
+    assert seen == [(3, 3, 5, 5)]
+    assert weight.grad is not None
+    assert bool((weight.grad != 0).any())
+
+
+@pytest.mark.parametrize(
+    "gradient",
+    [crbp.BPTT(), crbp.TruncatedBPTT(window=2), crbp.CheckpointedBPTT(chunk=2), crbp.RBP(crbp.Neumann(terms=30))],
+    ids=lambda method: type(method).__name__,
+)
+def test_gradients_of_runs_equal_those_by_the_direct_method(gradient: crbp.GradientMethod) -> None:
+    torch.manual_seed(0)
+    drive = torch.randn(2, 2, 8, 8, dtype=torch.float64)
+    found = []
+    for method in ("fft", "direct"):
+        torch.manual_seed(1)
+        cell = crbp.cells.HGRU(2, 5, norm_scale=1.0).double()
+        cell.inhibition.method = cell.excitation.method = method  # type: ignore[assignment]
+        run = crbp.Evolve(steps=6, gradient=gradient)(lambda h, cell=cell: cell(h, drive), torch.zeros_like(drive))
+        (run.state.square().sum() + crbp.lipschitz_penalty(run, bound=0.0)).backward()
+        found.append({name: parameter.grad for name, parameter in cell.named_parameters()})
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-9)
+
+
+def test_a_changed_kernel_is_transformed_anew() -> None:
+    image, weight = torch.randn(1, 2, 8, 8), torch.randn(2, 2, 5, 5)
+    with ops.shared_spectra():
+        before = by_fft(image, weight)
+        weight.mul_(2)
+        torch.testing.assert_close(by_fft(image, weight), 2 * before)
+
+
+def test_a_product_for_the_state_alone_leaves_the_kernel_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    image, weight = pair(SHAPES[0])
+    calls: list[str] = []
+    original = convolution._Cross.forward
+    monkeypatch.setattr(convolution._Cross, "forward", staticmethod(lambda *a: calls.append("cross") or original(*a)))
+    result = by_fft(image * 1, weight)
+    torch.autograd.grad(result.sum(), image, retain_graph=True)
+    assert calls == []
+    result.sum().backward()
+    assert calls == ["cross"]
+
+
+def test_the_choice_follows_kernel_dtype_and_surroundings() -> None:
+    large, small = torch.randn(25, 25, 15, 15), torch.randn(25, 25, 3, 3)
+    image = torch.randn(2, 25, 150, 150)
+    assert ops.prefers_fft(image, large)
+    assert not ops.prefers_fft(image, small)
+    assert not ops.prefers_fft(image.bfloat16(), large)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not ops.prefers_fft(image, large)
+
+
+@pytest.mark.parametrize(
+    ("image", "weight", "settings", "message"),
+    [
+        (torch.randn(1, 2, 8, 8), torch.randn(2, 2, 4, 4), {}, "odd sides"),
+        (torch.randn(1, 2, 8, 8), torch.randn(2, 2, 3, 3), {"method": "winograd"}, "winograd"),
+        (torch.randn(1, 2, 8, 8).bfloat16(), torch.randn(2, 2, 3, 3).bfloat16(), {"method": "fft"}, "bfloat16"),
+    ],
+)
+def test_bad_arguments_are_named(image: Tensor, weight: Tensor, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ops.conv2d(image, weight, **settings)
+
+
+def test_a_layer_has_the_parameter_of_an_ordinary_one() -> None:
+    layer = ops.Conv2d(3, 4, 5)
+    ordinary = torch.nn.Conv2d(3, 4, 5, padding="same", bias=False)
+    layer.load_state_dict(ordinary.state_dict())
+    image = torch.randn(2, 3, 9, 9)
+    torch.testing.assert_close(layer(image), ordinary(image))
+    with pytest.raises(ValueError, match="odd"):
+        ops.Conv2d(3, 4, 4)

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import crbp
+from crbp import ops
+from crbp.ops import fused as module
+
+pytestmark = [
+    # Raised inside PyTorch while it compiles.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning"),
+]
+
+
+def curve(x: Tensor, y: Tensor) -> Tensor:
+    return torch.sigmoid(x) * y.square() + x
+
+
+@pytest.fixture(scope="module")
+def smooth() -> ops.Fused:
+    return ops.Fused(curve)
+
+
+def test_fused_passes_gradcheck_twice(smooth: ops.Fused) -> None:
+    torch.manual_seed(0)
+    x, y = (torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    torch.testing.assert_close(smooth(x, y), curve(x, y))
+    assert torch.autograd.gradcheck(smooth, (x, y))
+    assert torch.autograd.gradgradcheck(smooth, (x, y))
+    assert smooth.compile_seconds > 0
+
+
+def test_only_the_gradient_asked_for_is_computed(smooth: ops.Fused) -> None:
+    asked: list[Any] = []
+    original = smooth.pullback
+    x, y = (torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    smooth.pullback = lambda places, *rest: asked.append(places) or original(places, *rest)  # type: ignore[method-assign,func-returns-value]
+    try:
+        torch.autograd.grad(smooth(x * 1, y).sum(), x)
+    finally:
+        del smooth.pullback  # type: ignore[method-assign]
+    assert asked == [(0,)]
+
+
+def test_softplus_is_exact_to_single_precision_with_its_derivatives() -> None:
+    x = torch.cat([torch.linspace(-30, 30, 4001), torch.zeros(1)])
+    ours, theirs = x.clone().requires_grad_(), x.double().requires_grad_()
+    for function, point in ((ops.softplus, ours), (F.softplus, theirs)):
+        value = function(point)
+        (first,) = torch.autograd.grad(value.sum(), point, create_graph=True)
+        (second,) = torch.autograd.grad(first.sum(), point)
+        if point is ours:
+            got = value, first, second
+        else:
+            torch.testing.assert_close(got[0].double(), value, rtol=3e-7, atol=1e-12)
+            torch.testing.assert_close(got[1].double(), first, rtol=2e-6, atol=1e-12)
+            torch.testing.assert_close(got[2].double(), second, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", ["instance", "batch", "none"])
+def test_a_fused_cell_trains_like_an_ordinary_one(norm: Any) -> None:
+    torch.manual_seed(0)
+    drive = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    found = []
+    for fused in (True, False):
+        torch.manual_seed(1)
+        cell = crbp.cells.HGRU(3, 5, norm=norm, norm_scale=0.5, fused=fused).double()
+        run = crbp.Evolve(steps=5, gradient=crbp.RBP(crbp.Neumann(terms=6)))(
+            lambda h, cell=cell: cell(h, drive), torch.zeros_like(drive)
+        )
+        (run.state.square().sum() + 3 * crbp.lipschitz_penalty(run, bound=0.1)).backward()
+        found.append((run.state.detach(), {name: parameter.grad for name, parameter in cell.named_parameters()}))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-10)
+
+
+def test_without_a_compiler_it_says_so_once_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(function: Any, **_: Any) -> Any:
+        def call(*_: Tensor) -> Tensor:
+            raise torch._dynamo.exc.BackendCompilerFailed(lambda: None, RuntimeError("no C++ compiler"), None)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    monkeypatch.setattr(module._Compiler, "works", True)
+    x, y = torch.randn(3), torch.randn(3)
+    with pytest.warns(RuntimeWarning, match=r"cannot be compiled here"):
+        torch.testing.assert_close(ops.Fused(curve)(x, y), curve(x, y))
+    torch.testing.assert_close(ops.Fused(curve)(x, y), curve(x, y))
