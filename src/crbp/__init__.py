@@ -1,6 +1,6 @@
 """Train any recurrent PyTorch module at memory constant in the number of steps, with dynamics that stay stable."""
 
-from crbp import cells
+from crbp import cells, ops
 from crbp.diagnostics import activation_memory, residual_curve, spectral_radius
 from crbp.errors import CrbpError, DivergenceError, DivergenceWarning, StateError
 from crbp.evolve import Evolve, Report, Run
@@ -34,6 +34,7 @@ __all__ = [
     "cells",
     "jacobian_frobenius_penalty",
     "lipschitz_penalty",
+    "ops",
     "residual_curve",
     "spectral_radius",
 ]

@@ -149,11 +149,13 @@ def test_bad_arguments_are_named(image: Tensor, weight: Tensor, settings: dict[s
         ops.conv2d(image, weight, **settings)
 
 
-def test_a_layer_has_the_parameter_of_an_ordinary_one() -> None:
-    layer = ops.Conv2d(3, 4, 5)
-    ordinary = torch.nn.Conv2d(3, 4, 5, padding="same", bias=False)
+@pytest.mark.parametrize("method", ["fft", "direct"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_layer_has_the_parameters_of_an_ordinary_one(bias: bool, method: convolution.Method) -> None:
+    layer = ops.Conv2d(3, 4, 5, bias=bias, method=method)
+    ordinary = torch.nn.Conv2d(3, 4, 5, padding="same", bias=bias)
     layer.load_state_dict(ordinary.state_dict())
     image = torch.randn(2, 3, 9, 9)
-    torch.testing.assert_close(layer(image), ordinary(image))
+    torch.testing.assert_close(layer(image), ordinary(image), rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="odd"):
         ops.Conv2d(3, 4, 4)

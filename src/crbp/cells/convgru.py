@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from crbp.cells._parts import check_cell, check_shapes, chronos_
+from crbp.ops import Conv2d
 
 
 class ConvGRU(nn.Module):
@@ -33,8 +34,8 @@ class ConvGRU(nn.Module):
         super().__init__()
         check_cell(channels, kernel_size)
         self.channels = channels
-        self.gates = nn.Conv2d(2 * channels, 2 * channels, kernel_size, padding="same")
-        self.candidate = nn.Conv2d(2 * channels, channels, kernel_size, padding="same")
+        self.gates = Conv2d(2 * channels, 2 * channels, kernel_size, bias=True)
+        self.candidate = Conv2d(2 * channels, channels, kernel_size, bias=True)
         for conv in (self.gates, self.candidate):
             nn.init.orthogonal_(conv.weight)
             assert conv.bias is not None

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from crbp.cells._parts import check_cell, check_shapes, chronos_
+from crbp.ops import Conv2d
 
 State = tuple[Tensor, Tensor]
 
@@ -36,7 +37,7 @@ class ConvLSTM(nn.Module):
         super().__init__()
         check_cell(channels, kernel_size)
         self.channels = channels
-        self.gates = nn.Conv2d(2 * channels, 4 * channels, kernel_size, padding="same")
+        self.gates = Conv2d(2 * channels, 4 * channels, kernel_size, bias=True)
         nn.init.orthogonal_(self.gates.weight)
         assert self.gates.bias is not None
         nn.init.zeros_(self.gates.bias)

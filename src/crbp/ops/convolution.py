@@ -110,29 +110,33 @@ TRANSFORM, PRODUCT, SPECTRUM = 160.0, 4.0, 40.0
 
 
 class Conv2d(nn.Conv2d):
-    """A layer of `conv2d` without bias; its parameter is that of `torch.nn.Conv2d`.
+    """A layer of `conv2d`; its parameters are those of `torch.nn.Conv2d`.
 
     Args:
         inputs: channels C of the image.
         outputs: channels O of the result.
         kernel_size: side of the kernel, odd.
+        bias: add one number to each channel.
         method: see `conv2d`.
 
     Raises:
         ValueError: for an even kernel or an unknown method.
     """
 
-    def __init__(self, inputs: int, outputs: int, kernel_size: int, *, method: Method = "auto") -> None:
+    def __init__(
+        self, inputs: int, outputs: int, kernel_size: int, *, bias: bool = False, method: Method = "auto"
+    ) -> None:
         choice("method", method, get_args(Method))
         count("kernel_size", kernel_size)
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd, so that the image size is kept, not {kernel_size}")
-        super().__init__(inputs, outputs, kernel_size, padding="same", bias=False)
+        super().__init__(inputs, outputs, kernel_size, padding="same", bias=bias)
         self.method: Method = method
 
     def forward(self, image: Tensor) -> Tensor:
         """``(B, C, H, W)`` to ``(B, O, H, W)``."""
-        return conv2d(image, self.weight, method=self.method)
+        result = conv2d(image, self.weight, method=self.method)
+        return result if self.bias is None else result + self.bias[:, None, None]
 
 
 @dataclass
@@ -198,7 +202,7 @@ def _inverse(spectrum: Tensor, frame: Frame, top: int, left: int, *, conjugate: 
     laid.copy_(spectrum.conj() if conjugate else spectrum)
     columns = torch.fft.ifft(laid.view(*laid.shape[:2], frame.rows, frame.columns // 2 + 1), dim=-2)
     plane = torch.fft.irfft(columns[..., top : top + frame.height, :], n=frame.columns)
-    image: Tensor = plane[..., left : left + frame.width].contiguous()
+    image: Tensor = plane[..., left : left + frame.width]
     return image
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 import types
 import warnings
@@ -74,6 +75,8 @@ class Fused:
         compiled = self._compiled.get(key)
         if compiled is not None:
             return compiled(*tensors)
+        # PyTorch tells on a machine without a GPU, when it compiles for the CPU, that it found none.
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         start = time.perf_counter()
         compiled = torch.compile(_apart(function), fullgraph=True)
         try:
