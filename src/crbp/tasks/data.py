@@ -127,7 +127,7 @@ class ContourData(pl.LightningDataModule):
         test_size: images of the test split, on which `predict` runs as well.
         lead_in: where the first training images come from instead: an easier task, such as shorter contours, from
             which `source` is then learnt sooner. None for none.
-        lead_in_size: how many images of the first epoch those are, over all processes.
+        lead_in_size: how many images those are, over all processes; where the first epoch has fewer, all of it.
         flips: turn training images over, left to right and top to bottom, with probability ½ each.
         workers: processes that make batches beside each training process; 0 makes them in it, None takes one fewer
             than this process may use cores, at most 8, and none where there are two cores or fewer.
@@ -167,10 +167,8 @@ class ContourData(pl.LightningDataModule):
         count("lead_in_size", lead_in_size, at_least=0)
         if (lead_in is None) != (lead_in_size == 0):
             raise ValueError(f"lead_in and lead_in_size go together; they are {lead_in!r} and {lead_in_size}")
-        if lead_in_size > train_size:
-            raise ValueError(f"lead_in_size must be at most train_size, not {lead_in_size} of {train_size} images")
         self.source, self.batch_size = source, batch_size
-        self.lead_in, self.lead_in_size = lead_in, lead_in_size
+        self.lead_in, self.lead_in_size = lead_in, min(lead_in_size, train_size)
         self.sizes: dict[Split, int] = {"train": train_size, "val": val_size, "test": test_size}
         self.flips, self.seed = flips, seed
         self.workers = _spare_cores() if workers is None else workers
