@@ -114,6 +114,36 @@ def test_a_changed_kernel_is_transformed_anew() -> None:
         torch.testing.assert_close(by_fft(image, weight), 2 * before)
 
 
+def test_a_computed_kernel_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = torch.randn(2, 2, 5, 5, requires_grad=True)
+    with torch.no_grad(), ops.shared_spectra():
+        for factor in (1.0, 2.0):
+            by_fft(torch.randn(1, 2, 8, 8), base * factor)
+        assert convolution._shared.spectra == {}
+
+
+def test_a_gradient_within_a_run_without_one_is_found() -> None:
+    weight = torch.randn(2, 2, 5, 5, requires_grad=True)
+
+    def step(h: Tensor) -> Tensor:
+        with torch.enable_grad():
+            (found,) = torch.autograd.grad(by_fft(h, weight).square().sum(), weight)
+        return torch.tanh(h + found.mean())
+
+    with torch.no_grad():
+        assert bool(torch.isfinite(crbp.Evolve(steps=2)(step, torch.ones(1, 2, 8, 8)).state).all())
+
+
+def test_inference_tensors_and_transforms_are_taken() -> None:
+    with torch.inference_mode():
+        layer = ops.Conv2d(2, 2, 5, method="fft")
+        crbp.Evolve(steps=2)(lambda h: torch.tanh(layer(h)), torch.ones(1, 2, 8, 8))
+    large, images = ops.Conv2d(8, 8, 15), torch.randn(3, 2, 8, 64, 64)
+    assert ops.prefers_fft(images[0], large.weight)
+    torch.testing.assert_close(torch.func.vmap(large)(images)[1], large(images[1]), rtol=1e-4, atol=1e-4)
+    assert large(images[0, :0]).shape == (0, 8, 64, 64)
+
+
 def test_a_product_for_the_state_alone_leaves_the_kernel_out(monkeypatch: pytest.MonkeyPatch) -> None:
     image, weight = pair(SHAPES[0])
     calls: list[str] = []

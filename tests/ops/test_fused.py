@@ -63,8 +63,25 @@ def test_softplus_is_exact_to_single_precision_with_its_derivatives() -> None:
             torch.testing.assert_close(got[2].double(), second, rtol=1e-4, atol=1e-5)
 
 
+def test_a_third_derivative_is_refused(smooth: ops.Fused) -> None:
+    x, y = (torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    (first,) = torch.autograd.grad(smooth(x, y).sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="two derivatives"):
+        torch.autograd.grad(first.sum(), x, create_graph=True)
+
+
+def test_a_norm_put_in_place_is_called() -> None:
+    cell = crbp.cells.HGRU(2, 3, norm="batch", fused=True)
+    cell.inhibition_norm = torch.nn.SyncBatchNorm.convert_sync_batchnorm(cell.inhibition_norm)
+    called = []
+    cell.inhibition_norm.register_forward_hook(lambda *_: called.append(True))
+    cell.inhibition_norm.eval()
+    cell(torch.rand(2, 2, 8, 8), torch.rand(2, 2, 8, 8))
+    assert called
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("norm", ["instance", "batch", "none"])
+@pytest.mark.parametrize("norm", ["instance", "batch", "group", "none"])
 def test_a_fused_cell_trains_like_an_ordinary_one(norm: Any) -> None:
     torch.manual_seed(0)
     drive = torch.randn(2, 3, 8, 8, dtype=torch.float64)

@@ -86,6 +86,12 @@ def test_a_lead_in_longer_than_an_epoch_fills_the_first() -> None:
     assert [key.item for key in data.train_dataloader().sampler] == list(range(22, 44))
 
 
+def test_a_lead_in_of_another_size_is_refused() -> None:
+    data = tiny_data(lead_in=Generated(preset="mini"), lead_in_size=4)
+    with pytest.raises(ValueError, match=r"\(1, 32, 32\) and \(1, 12, 12\)"):
+        data.train_dataloader()
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -87,21 +87,27 @@ class HGRU(nn.Module):
     def forward(self, state: Tensor, drive: Tensor) -> Tensor:
         """One step: the next state, of the shape of ``state`` and ``drive``, ``(B, C, H, W)``."""
         check_shapes(state, drive, self.channels)
-        gate, inhibit, excite = _fused(self.norm, self.channels) if self.fused else (_gate, _inhibit, _excite)
+        fused = self.fused and type(self.inhibition_norm) in FUSIBLE and type(self.excitation_norm) in FUSIBLE
+        gate, inhibit, excite = _fused(self.norm, self.channels) if fused else (_gate, _inhibit, _excite)
         gated = gate(self.inhibition_gate(state), state)
-        inhibiting = self._normed(self.inhibition(gated), self.inhibition_norm)
+        inhibiting = _normed(self.inhibition(gated), self.inhibition_norm, fused)
         inhibited = inhibit(state, drive, self.alpha, self.mu, *inhibiting)
-        exciting = self._normed(self.excitation(inhibited), self.excitation_norm)
+        exciting = _normed(self.excitation(inhibited), self.excitation_norm, fused)
         update = self.update_gate(inhibited)
         return excite(state, inhibited, update, self.kappa, self.gamma, self.omega, *exciting)
-
-    def _normed(self, x: Tensor, norm: nn.Module) -> tuple[Tensor, ...]:
-        """The normalised values, or, where that is fused with what follows, all that it takes to compute them."""
-        return (x, *norm.parameters()) if self.fused else (norm(x),)
 
     def readout_of(self, state: Tensor) -> Tensor:
         """What a readout sees of the state: all of it, ``(B, C, H, W)``."""
         return state
+
+
+# What `normalise` computes; a norm put in place of these, such as one synchronised over processes, is called as it is.
+FUSIBLE = (nn.GroupNorm, nn.BatchNorm2d, nn.Identity)
+
+
+def _normed(x: Tensor, norm: nn.Module, fused: bool) -> tuple[Tensor, ...]:
+    """The normalised values, or, where that is fused with what follows, all that it takes to compute them."""
+    return (x, *norm.parameters()) if fused else (norm(x),)
 
 
 def _gate(gate: Tensor, state: Tensor) -> Tensor:

@@ -55,17 +55,18 @@ def _fast_size(least: int) -> int:
         size += 2
 
 
-def conv2d(image: Tensor, weight: Tensor, *, method: Method = "auto") -> Tensor:
+def conv2d(image: Tensor, weight: Tensor, bias: Tensor | None = None, *, method: Method = "auto") -> Tensor:
     """Cross-correlate images with odd kernels, stride 1, zeros around: the size is kept.
 
     ``y[b, o, i, j] = Σ w[o, c, u, v] x[b, c, i + u − k/2, j + v − k/2]``, as `torch.nn.functional.conv2d` with
     ``padding="same"``. By FFT it is ``rfft2``, one matrix product for each frequency, ``irfft2``: the cost does not
-    depend on the kernel's size. It can be differentiated any number of times. Inside `shared_spectra`, which
-    `crbp.Evolve` opens for each run, a kernel is transformed once.
+    depend on the kernel's size. It can be differentiated any number of times, but not batched by ``vmap``. Inside
+    `shared_spectra`, which `crbp.Evolve` opens for each run, a kernel is transformed once.
 
     Args:
         image: ``(B, C, H, W)``.
         weight: ``(O, C, k, k)``, odd sides.
+        bias: ``(O,)``, added to each channel.
         method: ``"direct"``, ``"fft"`` (float32 or float64), or ``"auto"``: whichever `prefers_fft` expects to be
             faster.
 
@@ -73,28 +74,35 @@ def conv2d(image: Tensor, weight: Tensor, *, method: Method = "auto") -> Tensor:
         ``(B, O, H, W)``.
 
     Raises:
-        ValueError: for an even kernel, an unknown method, or a dtype without an FFT.
+        ValueError: for an even kernel, an unknown method, or images of a shape or dtype that the FFT is not for.
     """
     choice("method", method, get_args(Method))
     if weight.shape[-1] % 2 == 0 or weight.shape[-2] % 2 == 0:
         raise ValueError(f"a kernel must have odd sides to keep the image size, not {tuple(weight.shape[-2:])}")
     if method == "direct" or (method == "auto" and not prefers_fft(image, weight)):
-        return F.conv2d(image, weight, padding="same")
+        return F.conv2d(image, weight, bias, padding="same")
+    if image.ndim != 4:
+        raise ValueError(f"images must have shape (B, C, H, W), not {tuple(image.shape)}")
     if image.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"there is no FFT for images of {image.dtype}; choose method='direct' or float32")
     frame = Frame.around((image.shape[-2], image.shape[-1]), (weight.shape[-2], weight.shape[-1]))
     result: Tensor = _Correlate.apply(image, _spectrum_of(weight, frame), frame)
-    return result
+    return result if bias is None else result + bias[:, None, None]
 
 
 def prefers_fft(image: Tensor, weight: Tensor) -> bool:
     """Whether the FFT is expected to be faster: a rule fitted to times on a CPU; `benchmarks/convolution.py` has them.
 
-    Elsewhere, in lower precision, under autocast and inside `torch.compile` the direct method is taken.
+    Elsewhere, in lower precision, under autocast, inside `torch.compile` and under the transforms of `torch.func` and
+    forward differentiation the direct method is taken.
     """
+    if image.ndim != 4 or image.shape[0] == 0:
+        return False
     if image.device.type != "cpu" or image.dtype not in (torch.float32, torch.float64):
         return False
     if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
         return False
     outputs, inputs, height, width = weight.shape
     frame = Frame.around((image.shape[-2], image.shape[-1]), (height, width))
@@ -135,8 +143,7 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, image: Tensor) -> Tensor:
         """``(B, C, H, W)`` to ``(B, O, H, W)``."""
-        result = conv2d(image, self.weight, method=self.method)
-        return result if self.bias is None else result + self.bias[:, None, None]
+        return conv2d(image, self.weight, self.bias, method=self.method)
 
 
 @dataclass
@@ -166,12 +173,15 @@ def shared_spectra() -> Iterator[None]:
 
 
 def _spectrum_of(weight: Tensor, frame: Frame) -> Tensor:
-    if _shared.spectra is None:
+    # A weight that is itself computed is another one at every step: only what outlives the run is worth keeping.
+    lasting = isinstance(weight, nn.Parameter) or (weight.is_leaf and weight.requires_grad)
+    if _shared.spectra is None or not lasting or weight.is_inference():
         found: Tensor = _Spectrum.apply(weight, frame)
         return found
-    key = id(weight), weight._version, frame
+    graph = _shared.graph or torch.is_grad_enabled()
+    key = id(weight), weight._version, frame, graph
     if key not in _shared.spectra:
-        with torch.set_grad_enabled(_shared.graph):
+        with torch.set_grad_enabled(graph):
             # The weight is kept as well, so that its id stays its own.
             _shared.spectra[key] = _Spectrum.apply(weight, frame), weight
     return _shared.spectra[key][0]

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from crbp.ops._engine import wanted
 
@@ -48,7 +47,7 @@ class Fused:
         """The function of ``tensors``."""
         if not _Compiler.works:
             return self.function(*tensors)
-        # Of a leaf the engine does not tell whether its gradient is needed; of a view it does.
+        # Of a leaf the engine may not tell whether its gradient is needed; of a view it does.
         tensors = tuple(each.view_as(each) if each.is_leaf and each.requires_grad else each for each in tensors)
         result: Tensor = _Value.apply(self, *tensors)
         return result
@@ -72,21 +71,21 @@ class Fused:
     def _run(self, key: Any, function: Callable[..., Any], *tensors: Tensor) -> Any:
         # Without a history all calls look the same to the compiler.
         tensors = tuple(each.detach() for each in tensors)
-        compiled = self._compiled.get(key)
-        if compiled is not None:
-            return compiled(*tensors)
-        # PyTorch tells on a machine without a GPU, when it compiles for the CPU, that it found none.
-        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         start = time.perf_counter()
-        compiled = torch.compile(_apart(function), fullgraph=True)
+        first = key not in self._compiled
+        if first:
+            # PyTorch tells on a machine without a GPU, when it compiles for the CPU, that it found none.
+            logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+            self._compiled[key] = torch.compile(_apart(function), fullgraph=True)
         try:
-            result = compiled(*tensors)
-        except torch._dynamo.exc.BackendCompilerFailed as error:
+            return self._compiled[key](*tensors)
+        except (torch._dynamo.exc.BackendCompilerFailed, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
             _Compiler.give_up(error)
-            compiled, result = function, function(*tensors)
-        self._compiled[key] = compiled
-        self.compile_seconds += time.perf_counter() - start
-        return result
+            self._compiled[key] = function
+            return function(*tensors)
+        finally:
+            if first:
+                self.compile_seconds += time.perf_counter() - start
 
 
 # log(1 + e) / e on [0, 1], lowest power first: a least-squares fit in Chebyshev polynomials.
@@ -120,11 +119,13 @@ class _Compiler:
 
     @classmethod
     def give_up(cls, error: Exception) -> None:
+        if not cls.works:
+            return
         cls.works = False
         reason = str(error).strip().splitlines()[0]
         warnings.warn(
-            f"fused operations cannot be compiled here and run as ordinary ones, which is slower ({reason}); install a "
-            "C++ compiler, or choose fused=False",
+            "fused operations cannot be compiled here and run as ordinary ones from now on, which is slower "
+            f"({reason}); a C++ compiler is needed, at most eight sizes of image and batch, or fused=False",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -201,8 +202,10 @@ class _Pullback(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            # Raised at once: `once_differentiable` would be passed over by `torch.autograd.grad` with named inputs.
+            raise NotImplementedError("a fused function has two derivatives, not three; choose fused=False")
         tensors = ctx.saved_tensors
         then = _places(wanted(ctx, len(tensors), first=2))
         found = ctx.fused.second(ctx.asked, then, *(each.contiguous() for each in gradients), *tensors)

@@ -126,7 +126,7 @@ class ContourData(pl.LightningDataModule):
         val_size: images of the validation split.
         test_size: images of the test split, on which `predict` runs as well.
         lead_in: where the first training images come from instead: an easier task, such as shorter contours, from
-            which `source` is then learnt sooner. None for none.
+            which `source` is then learnt sooner. In their order; of the shape of the others. None for none.
         lead_in_size: how many images those are, over all processes; where the first epoch has fewer, all of it.
         flips: turn training images over, left to right and top to bottom, with probability ½ each.
         workers: processes that make batches beside each training process; 0 makes them in it, None takes one fewer
@@ -215,7 +215,11 @@ class ContourData(pl.LightningDataModule):
         trainer = self.trainer
         items = self.source.items(split, size, self.seed)
         if training and self.lead_in is not None:
-            items = Followed(items, size, self.lead_in.items(split, self.lead_in_size, self.seed))
+            first = self.lead_in.items(split, self.lead_in_size, self.seed)
+            shapes = [tuple(each[0]["image"].shape) for each in (first, items)]
+            if shapes[0] != shapes[1]:
+                raise ValueError(f"images of lead_in and source must have one shape, not {shapes[0]} and {shapes[1]}")
+            items = Followed(items, size, first)
         sampler = EpochSampler(
             size,
             seed=self.seed,
