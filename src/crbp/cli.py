@@ -7,9 +7,10 @@ import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 from crbp import __version__
+from crbp._command import Parser
 from crbp.errors import CrbpError
 
 
@@ -133,18 +134,11 @@ def _need(extra: str, *modules: str) -> None:
         )
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser whose mistakes are exceptions."""
-
-    def error(self, message: str) -> NoReturn:
-        raise CrbpError(f"{message} (see {self.prog} --help)")
-
-
-def _generate_parser() -> _Parser:
+def _generate_parser() -> Parser:
     from crbp.data.pathfinder import PRESETS, PathfinderConfig
 
     about = "Write a data set of contour images, the same on every machine."
-    parser = _Parser(prog="crbp generate", description=about, allow_abbrev=False)
+    parser = Parser(prog="crbp generate", description=about, allow_abbrev=False)
     parser.add_argument("--out", required=True, help="folder to write to; one per split")
     parser.add_argument("--preset", choices=sorted(PRESETS), help="task to start from (default: the published pf14)")
     parser.add_argument("--split", choices=("train", "val", "test"), default="train", help="(default: train)")

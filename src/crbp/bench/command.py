@@ -6,11 +6,12 @@ import argparse
 import json
 import time
 from pathlib import Path
-from typing import NoReturn, Protocol
+from typing import Protocol
 
 import torch
 from rich.console import Console
 
+from crbp._command import Parser, reserve
 from crbp.bench import convergence, figures, memory, speed, tables
 from crbp.bench.measure import Numbers, environment, textbook
 from crbp.errors import CrbpError
@@ -35,11 +36,6 @@ PARTS: dict[str, Part] = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise CrbpError(f"{message} (see {self.prog} --help)")
-
-
 def main(arguments: list[str]) -> None:
     """Run the benchmark.
 
@@ -51,7 +47,7 @@ def main(arguments: list[str]) -> None:
     keep_freed_memory()  # for both codes
     folder, console = Path(options.out), Console()
     files = [folder / "bench.json", *([Path(options.json)] if options.json else [])]
-    _prepare(folder, files)
+    reserve(folder, files)
     threads = torch.get_num_threads()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -73,7 +69,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _options(arguments: list[str]) -> argparse.Namespace:
-    parser = _Parser(
+    parser = Parser(
         prog="crbp bench", description="Measure crbp beside the textbook C-RBP on this machine.", allow_abbrev=False
     )
     parser.add_argument("--out", default="bench", metavar="DIR", help="folder of numbers and figures (default: bench)")
@@ -85,20 +81,6 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     if options.threads is not None and options.threads < 1:
         raise CrbpError(f"--threads must be at least 1, not {options.threads}")
     return options
-
-
-def _prepare(folder: Path, files: list[Path]) -> None:
-    """Make the folders now: minutes of measuring must not be lost to a path that cannot be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for file in files:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with file.open("a"):
-                pass
-    except OSError as error:
-        raise CrbpError(
-            f"{error.filename} cannot be written ({error.strerror}); choose another --out or --json"
-        ) from None
 
 
 def _write(file: Path, numbers: Numbers) -> None:

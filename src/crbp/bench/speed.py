@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from crbp.bench.measure import Numbers, Pair, Size, in_turns, relative, spread
+from crbp.ops.convolution import Frame
 
 PAPER = Size()
 TINY = Size(channels=4, kernel_size=5, image=20, steps=4, terms=3, fused=False)
@@ -146,7 +147,7 @@ def convolutions(size: Size) -> int:
 
 def _fourier(size: Size) -> tuple[float, float]:
     """Operations and bytes of the convolutions of one training step by FFT."""
-    side = _fast(size.image + size.kernel_size // 2)
+    side = Frame.around((size.image, size.image), (size.kernel_size, size.kernel_size)).rows
     frequencies = side * (side // 2 + 1)
     transform = 2.5 * side**2 * math.log2(side**2)
     planes, pairs = size.batch * size.channels, size.channels**2
@@ -154,19 +155,6 @@ def _fourier(size: Size) -> tuple[float, float]:
     flops = convolutions(size) * each + 2 * 2 * pairs * transform
     moved = 2 * planes * (BYTES * size.image**2 + 2 * 2 * BYTES * frequencies) + 2 * BYTES * pairs * frequencies
     return flops, convolutions(size) * moved
-
-
-def _fast(least: int) -> int:
-    """The next number without a prime factor above 5."""
-    number = least
-    while True:
-        rest = number
-        for prime in (2, 3, 5):
-            while rest % prime == 0:
-                rest //= prime
-        if rest == 1:
-            return number
-        number += 1
 
 
 def _elementwise_bytes(size: Size) -> float:

@@ -10,11 +10,12 @@ import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from crbp._command import Parser, reserve
 from crbp.demo import report, training
 from crbp.demo.recipe import FULL, QUICK, Recipe
 from crbp.errors import CrbpError
@@ -27,11 +28,6 @@ if TYPE_CHECKING:
 _shared: Synchronized[float]
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise CrbpError(f"{message} (see {self.prog} --help)")
-
-
 def main(arguments: list[str]) -> None:
     """Run the demo.
 
@@ -41,7 +37,7 @@ def main(arguments: list[str]) -> None:
     options = _options(arguments)
     recipe = QUICK if options.quick else FULL
     folder, console, start = Path(options.out), Console(), time.perf_counter()
-    _prepare(folder, options.json)
+    reserve(folder, [folder / "report.html", *([Path(options.json)] if options.json else [])])
     console.print(
         f"Training a recurrent model to trace contours on {recipe.images:,} generated images, once with [bold]C-RBP[/] "
         "and for as long with [bold]BPTT[/], each on one core."
@@ -56,7 +52,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _options(arguments: list[str]) -> argparse.Namespace:
-    parser = _Parser(
+    parser = Parser(
         prog="crbp demo", description="Train a small model with C-RBP beside one with BPTT; write a report."
     )
     parser.add_argument("--quick", action="store_true", help="the same path in under 90 seconds, at lower quality")
@@ -67,20 +63,6 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     if options.seed < 0:
         raise CrbpError(f"--seed must be at least 0, not {options.seed}")
     return options
-
-
-def _prepare(folder: Path, numbers: str | None) -> None:
-    """Make the folders now: minutes of training must not be lost to a path that cannot be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for file in [folder / "report.html", *([Path(numbers)] if numbers else [])]:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with file.open("a"):
-                pass
-    except OSError as error:
-        raise CrbpError(
-            f"{error.filename} cannot be written ({error.strerror}); choose another --out or --json"
-        ) from None
 
 
 def _train(recipe: Recipe, seed: int, console: Console) -> dict[str, Outcome]:

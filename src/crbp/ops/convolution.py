@@ -199,7 +199,11 @@ def _transform(image: Tensor, frame: Frame, top: int, left: int, *, conjugate: b
     """``(B, C, H, W)``, set at ``(top, left)`` into the plane, to its spectrum ``(F, B, C)``, laid out so."""
     right, bottom = frame.columns - frame.width - left, frame.rows - frame.height - top
     spectrum = torch.fft.rfft2(F.pad(image, (left, right, top, bottom))).flatten(2).permute(2, 0, 1)
-    # A matrix product on views would copy them one by one.
+    return _laid_out(spectrum, conjugate=conjugate)
+
+
+def _laid_out(spectrum: Tensor, *, conjugate: bool) -> Tensor:
+    """The same, or its conjugate, in its own order in memory: products and transforms of views copy them one by one."""
     laid = torch.empty(spectrum.shape, dtype=spectrum.dtype, device=spectrum.device)
     laid.copy_(spectrum.conj() if conjugate else spectrum)
     return laid
@@ -207,16 +211,23 @@ def _transform(image: Tensor, frame: Frame, top: int, left: int, *, conjugate: b
 
 def _inverse(spectrum: Tensor, frame: Frame, top: int, left: int, *, conjugate: bool) -> Tensor:
     """The part of the plane at ``(top, left)`` of a spectrum ``(F, B, C)``: ``(B, C, H, W)``."""
-    spectrum = spectrum.permute(1, 2, 0)
-    laid = torch.empty(spectrum.shape, dtype=spectrum.dtype, device=spectrum.device)
-    laid.copy_(spectrum.conj() if conjugate else spectrum)
+    laid = _laid_out(spectrum.permute(1, 2, 0), conjugate=conjugate)
     columns = torch.fft.ifft(laid.view(*laid.shape[:2], frame.rows, frame.columns // 2 + 1), dim=-2)
     plane = torch.fft.irfft(columns[..., top : top + frame.height, :], n=frame.columns)
     image: Tensor = plane[..., left : left + frame.width]
     return image
 
 
-class _Correlate(torch.autograd.Function):
+class _Product(torch.autograd.Function):
+    """One of the three products, of two tensors in a frame."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        *tensors, ctx.frame = inputs
+        ctx.save_for_backward(*tensors)
+
+
+class _Correlate(_Product):
     """``(B, C, H, W), (F, C, O) → (B, O, H, W)``."""
 
     @staticmethod
@@ -225,14 +236,9 @@ class _Correlate(torch.autograd.Function):
         return _inverse(product, frame, 0, 0, conjugate=False)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        image, spectrum, ctx.frame = inputs
-        ctx.save_for_backward(image, spectrum)
-
-    @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         image, spectrum = ctx.saved_tensors
-        for_image, for_spectrum = _wanted(ctx)
+        for_image, for_spectrum = wanted(ctx, 2)
         return (
             _Convolve.apply(gradient, spectrum, ctx.frame) if for_image else None,
             _Cross.apply(image, gradient, ctx.frame) if for_spectrum else None,
@@ -240,7 +246,7 @@ class _Correlate(torch.autograd.Function):
         )
 
 
-class _Convolve(torch.autograd.Function):
+class _Convolve(_Product):
     """``(B, O, H, W), (F, C, O) → (B, C, H, W)``."""
 
     @staticmethod
@@ -249,14 +255,9 @@ class _Convolve(torch.autograd.Function):
         return _inverse(product, frame, frame.top, frame.left, conjugate=True)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        image, spectrum, ctx.frame = inputs
-        ctx.save_for_backward(image, spectrum)
-
-    @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         image, spectrum = ctx.saved_tensors
-        for_image, for_spectrum = _wanted(ctx)
+        for_image, for_spectrum = wanted(ctx, 2)
         return (
             _Correlate.apply(gradient, spectrum, ctx.frame) if for_image else None,
             _Cross.apply(gradient, image, ctx.frame) if for_spectrum else None,
@@ -264,7 +265,7 @@ class _Convolve(torch.autograd.Function):
         )
 
 
-class _Cross(torch.autograd.Function):
+class _Cross(_Product):
     """``(B, C, H, W), (B, O, H, W) → (F, C, O)``: what the two have to do with a spectrum between them."""
 
     @staticmethod
@@ -273,14 +274,9 @@ class _Cross(torch.autograd.Function):
         return torch.bmm(ours.mT, _transform(result, frame, 0, 0, conjugate=False))
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        image, result, ctx.frame = inputs
-        ctx.save_for_backward(image, result)
-
-    @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         image, result = ctx.saved_tensors
-        for_image, for_result = _wanted(ctx)
+        for_image, for_result = wanted(ctx, 2)
         return (
             _Convolve.apply(result, gradient, ctx.frame) if for_image else None,
             _Correlate.apply(image, gradient, ctx.frame) if for_result else None,
@@ -294,9 +290,7 @@ class _Spectrum(torch.autograd.Function):
     @staticmethod
     def forward(weight: Tensor, frame: Frame) -> Tensor:
         spectrum = torch.fft.rfft2(weight, s=(frame.rows, frame.columns)).flatten(2).permute(2, 1, 0)
-        laid = torch.empty(spectrum.shape, dtype=spectrum.dtype, device=spectrum.device)
-        laid.copy_(spectrum.conj())
-        return laid
+        return _laid_out(spectrum, conjugate=True)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
@@ -323,9 +317,3 @@ class _Kernel(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         return _Spectrum.apply(gradient, ctx.frame), None, None
-
-
-def _wanted(ctx: Any) -> tuple[bool, bool]:
-    """Of two arguments, whose gradient this backward pass needs."""
-    first, second = wanted(ctx, 2)
-    return first, second
