@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from crbp._checks import choice, count
 from crbp.ops._engine import wanted
+from crbp.ops.products import native_suits, products
 
 Method = Literal["auto", "direct", "fft"]
 
@@ -32,6 +33,7 @@ class Frame(NamedTuple):
     columns: int
     top: int
     left: int
+    native: bool = False  # whose layout the spectra have, see `crbp.ops.products`
 
     @staticmethod
     def around(image: tuple[int, int], kernel: tuple[int, int]) -> Frame:
@@ -83,9 +85,12 @@ def conv2d(image: Tensor, weight: Tensor, bias: Tensor | None = None, *, method:
         return F.conv2d(image, weight, bias, padding="same")
     if image.ndim != 4:
         raise ValueError(f"images must have shape (B, C, H, W), not {tuple(image.shape)}")
+    if image.shape[1] != weight.shape[1]:
+        raise ValueError(f"a kernel for {weight.shape[1]} channels cannot take images of {image.shape[1]}")
     if image.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"there is no FFT for images of {image.dtype}; choose method='direct' or float32")
     frame = Frame.around((image.shape[-2], image.shape[-1]), (weight.shape[-2], weight.shape[-1]))
+    frame = frame._replace(native=native_suits(image.device, weight.shape[1], weight.shape[0]))
     result: Tensor = _Correlate.apply(image, _spectrum_of(weight, frame), frame)
     return result if bias is None else result + bias[:, None, None]
 
@@ -190,29 +195,21 @@ def _spectrum_of(weight: Tensor, frame: Frame) -> Tensor:
 # A kernel w acts through its spectrum S[f] = conj ŵ[f], a (C, O) matrix for each frequency f; an image x through
 # (B, C) matrices x̂[f]. All is bilinear, so three products, each the derivative of the others, and a linear pair are
 # enough for derivatives of any order:
-#   correlate(x, S) = U(x̂ S)      convolve(y, S) = U(conj(conj(ŷ) Sᵀ)), its adjoint in x
+#   correlate(x, S) = U(x̂ S)      convolve(y, S) = U(ŷ conj(S)ᵀ), its adjoint in x
 #   cross(x, y) = conj(x̂)ᵀ ŷ, its adjoint in S          spectrum(w) and its adjoint
-# The gradient of a spectrum is kept in frequencies, as the adjoint of `spectrum` wants it; private to this module.
+# A spectrum and its gradient are in the layout of `products`, as the adjoint of `spectrum` wants it; private to this
+# package.
 
 
-def _transform(image: Tensor, frame: Frame, top: int, left: int, *, conjugate: bool) -> Tensor:
-    """``(B, C, H, W)``, set at ``(top, left)`` into the plane, to its spectrum ``(F, B, C)``, laid out so."""
+def _transform(image: Tensor, frame: Frame, top: int, left: int) -> Tensor:
+    """``(B, C, H, W)``, set at ``(top, left)`` into the plane, to its spectrum ``(B, C, F)``."""
     right, bottom = frame.columns - frame.width - left, frame.rows - frame.height - top
-    spectrum = torch.fft.rfft2(F.pad(image, (left, right, top, bottom))).flatten(2).permute(2, 0, 1)
-    return _laid_out(spectrum, conjugate=conjugate)
+    return torch.fft.rfft2(F.pad(image, (left, right, top, bottom))).flatten(2)
 
 
-def _laid_out(spectrum: Tensor, *, conjugate: bool) -> Tensor:
-    """The same, or its conjugate, in its own order in memory: products and transforms of views copy them one by one."""
-    laid = torch.empty(spectrum.shape, dtype=spectrum.dtype, device=spectrum.device)
-    laid.copy_(spectrum.conj() if conjugate else spectrum)
-    return laid
-
-
-def _inverse(spectrum: Tensor, frame: Frame, top: int, left: int, *, conjugate: bool) -> Tensor:
-    """The part of the plane at ``(top, left)`` of a spectrum ``(F, B, C)``: ``(B, C, H, W)``."""
-    laid = _laid_out(spectrum.permute(1, 2, 0), conjugate=conjugate)
-    columns = torch.fft.ifft(laid.view(*laid.shape[:2], frame.rows, frame.columns // 2 + 1), dim=-2)
+def _inverse(spectrum: Tensor, frame: Frame, top: int, left: int) -> Tensor:
+    """The part of the plane at ``(top, left)`` of a spectrum ``(B, C, F)``: ``(B, C, H, W)``."""
+    columns = torch.fft.ifft(spectrum.unflatten(2, (frame.rows, frame.columns // 2 + 1)), dim=-2)
     plane = torch.fft.irfft(columns[..., top : top + frame.height, :], n=frame.columns)
     image: Tensor = plane[..., left : left + frame.width]
     return image
@@ -228,12 +225,12 @@ class _Product(torch.autograd.Function):
 
 
 class _Correlate(_Product):
-    """``(B, C, H, W), (F, C, O) → (B, O, H, W)``."""
+    """``(B, C, H, W)`` and a spectrum to ``(B, O, H, W)``."""
 
     @staticmethod
     def forward(image: Tensor, spectrum: Tensor, frame: Frame) -> Tensor:
-        product = torch.bmm(_transform(image, frame, frame.top, frame.left, conjugate=False), spectrum)
-        return _inverse(product, frame, 0, 0, conjugate=False)
+        transform = _transform(image, frame, frame.top, frame.left)
+        return _inverse(products(native=frame.native).correlate(transform, spectrum), frame, 0, 0)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -247,12 +244,12 @@ class _Correlate(_Product):
 
 
 class _Convolve(_Product):
-    """``(B, O, H, W), (F, C, O) → (B, C, H, W)``."""
+    """``(B, O, H, W)`` and a spectrum to ``(B, C, H, W)``."""
 
     @staticmethod
     def forward(image: Tensor, spectrum: Tensor, frame: Frame) -> Tensor:
-        product = torch.bmm(_transform(image, frame, 0, 0, conjugate=True), spectrum.mT)
-        return _inverse(product, frame, frame.top, frame.left, conjugate=True)
+        product = products(native=frame.native).convolve(_transform(image, frame, 0, 0), spectrum)
+        return _inverse(product, frame, frame.top, frame.left)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -266,12 +263,12 @@ class _Convolve(_Product):
 
 
 class _Cross(_Product):
-    """``(B, C, H, W), (B, O, H, W) → (F, C, O)``: what the two have to do with a spectrum between them."""
+    """``(B, C, H, W), (B, O, H, W)`` to what the two have to do with a spectrum between them."""
 
     @staticmethod
     def forward(image: Tensor, result: Tensor, frame: Frame) -> Tensor:
-        ours = _transform(image, frame, frame.top, frame.left, conjugate=True)
-        return torch.bmm(ours.mT, _transform(result, frame, 0, 0, conjugate=False))
+        ours, theirs = _transform(image, frame, frame.top, frame.left), _transform(result, frame, 0, 0)
+        return products(native=frame.native).cross(ours, theirs)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -285,12 +282,12 @@ class _Cross(_Product):
 
 
 class _Spectrum(torch.autograd.Function):
-    """``(O, C, k, k) → (F, C, O)``."""
+    """``(O, C, k, k)`` to its spectrum."""
 
     @staticmethod
     def forward(weight: Tensor, frame: Frame) -> Tensor:
-        spectrum = torch.fft.rfft2(weight, s=(frame.rows, frame.columns)).flatten(2).permute(2, 1, 0)
-        return _laid_out(spectrum, conjugate=True)
+        spectrum = torch.fft.rfft2(weight, s=(frame.rows, frame.columns)).flatten(2)
+        return products(native=frame.native).pack(spectrum)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
@@ -303,12 +300,13 @@ class _Spectrum(torch.autograd.Function):
 
 
 class _Kernel(torch.autograd.Function):
-    """``(F, C, O) → (O, C, k, k)``: the adjoint of `_Spectrum`."""
+    """A spectrum to ``(O, C, k, k)``: the adjoint of `_Spectrum`."""
 
     @staticmethod
     def forward(spectrum: Tensor, frame: Frame, kernel: tuple[int, int]) -> Tensor:
         small = frame._replace(height=kernel[0], width=kernel[1])
-        return _inverse(spectrum.transpose(1, 2), small, 0, 0, conjugate=True)
+        frequencies = frame.rows * (frame.columns // 2 + 1)
+        return _inverse(products(native=frame.native).unpack(spectrum, frequencies), small, 0, 0)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
