@@ -215,6 +215,16 @@ def _inverse(spectrum: Tensor, frame: Frame, top: int, left: int) -> Tensor:
     return image
 
 
+def _waves(frame: Frame, kernel: tuple[int, int], like: Tensor) -> tuple[Tensor, Tensor]:
+    """The transform of a kernel by rows ``(R, k)`` and columns ``(k, Q)``: of so few points, products are faster."""
+
+    def waves(size: int, frequencies: int, points: int) -> Tensor:
+        turns = torch.outer(torch.arange(frequencies), torch.arange(points)).double() / size
+        return torch.polar(torch.ones_like(turns), -2 * torch.pi * turns).to(like.device, like.dtype.to_complex())
+
+    return waves(frame.rows, frame.rows, kernel[0]), waves(frame.columns, frame.columns // 2 + 1, kernel[1]).mT
+
+
 class _Product(torch.autograd.Function):
     """One of the three products, of two tensors in a frame."""
 
@@ -286,8 +296,9 @@ class _Spectrum(torch.autograd.Function):
 
     @staticmethod
     def forward(weight: Tensor, frame: Frame) -> Tensor:
-        spectrum = torch.fft.rfft2(weight, s=(frame.rows, frame.columns)).flatten(2)
-        return products(native=frame.native).pack(spectrum)
+        rows, columns = _waves(frame, (weight.shape[-2], weight.shape[-1]), weight)
+        spectrum = rows @ (weight.to(rows.dtype) @ columns)
+        return products(native=frame.native).pack(spectrum.flatten(2))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
@@ -304,9 +315,14 @@ class _Kernel(torch.autograd.Function):
 
     @staticmethod
     def forward(spectrum: Tensor, frame: Frame, kernel: tuple[int, int]) -> Tensor:
-        small = frame._replace(height=kernel[0], width=kernel[1])
-        frequencies = frame.rows * (frame.columns // 2 + 1)
-        return _inverse(products(native=frame.native).unpack(spectrum, frequencies), small, 0, 0)
+        half = frame.columns // 2 + 1
+        unpacked = products(native=frame.native).unpack(spectrum, frame.rows * half).unflatten(2, (frame.rows, half))
+        rows, columns = _waves(frame, kernel, unpacked)
+        # Of a real plane the spectrum has one half; all but its first and last column stand for two.
+        twice = torch.full((half,), 2.0, dtype=columns.dtype, device=columns.device)
+        twice[[0, -1]] = 1.0
+        weight = (rows.mH @ unpacked) @ (columns.conj() * twice / (frame.rows * frame.columns)).mT
+        return weight.real.contiguous()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import time
-import types
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from crbp.ops._engine import wanted
+from crbp.ops._linear import Linear, linearise
 
 Function = Callable[..., Tensor]
 Indices = tuple[int, ...]
+Signature = tuple[Any, ...]
+SIZES = 8
 
 
 class Fused:
@@ -25,11 +28,13 @@ class Fused:
 
     What ``torch.compile`` compiles can be differentiated only once; the Lipschitz penalty needs a second derivative.
     Here ``y = f(x…)``, its pull-back ``(g, x…) ↦ gᵀ ∂f/∂x`` and the pull-back of that are three functions, each
-    compiled by itself with `torch.func.vjp` inside. Only the arguments are kept for the backward pass: values in
-    between are computed anew, which costs less than to read them back where memory is the bound.
+    traced with `torch.func.vjp` inside and compiled by itself. Only the arguments are kept for the backward pass; what
+    is in between is computed anew, which costs less than to read it back where memory is the bound. A graph that is
+    used again, as by every term of a Neumann series, keeps from its second use on what does not depend on ``g``.
 
-    The functions compile when first called, once for every set of arguments whose gradient is asked for. Without a
-    working compiler a warning says so, once, and `function` itself runs.
+    The functions compile when first called, once for every set of arguments whose gradient is asked for and for up to
+    `SIZES` shapes; others run as they are. Without a working compiler a warning says so, once, and `function` itself
+    runs.
 
     Args:
         function: of tensors alone, built from PyTorch operations; returns one tensor.
@@ -41,7 +46,9 @@ class Fused:
     def __init__(self, function: Function) -> None:
         self.function = function
         self.compile_seconds = 0.0
-        self._compiled: dict[tuple[Any, ...], Function] = {}
+        self._compiled: dict[tuple[Any, Signature], Callable[..., Any]] = {}
+        self._linear: dict[tuple[Indices, Signature], Linear] = {}
+        self._sizes: Counter[Any] = Counter()
 
     def __call__(self, *tensors: Tensor) -> Tensor:
         """The function of ``tensors``."""
@@ -62,30 +69,72 @@ class Fused:
         found: tuple[Tensor, ...] = self._run(("pullback", asked), _first(self.function, asked), *tensors)
         return found
 
+    def linearised(self, asked: Indices, *tensors: Tensor) -> Callable[[Tensor], tuple[Tensor, ...]]:
+        """The same as a function of ``g`` alone, all computed and kept that depends on ``x…`` only."""
+        key = asked, _signature(tensors)
+        if key not in self._linear:
+            self._linear[key] = linearise(_traced(_first(self.function, asked), tensors))
+        linear, arguments = self._linear[key], tensors[1:]
+        kept = self._run(("residuals", asked), linear.residuals, *arguments)
+        kept = (*kept, *(arguments[place] for place in linear.needed))
+        return lambda gradient: self._run(("product", asked), linear.product, gradient, *kept)  # type: ignore[no-any-return]
+
     def second(self, asked: Indices, then: Indices, *tensors: Tensor) -> tuple[Tensor, ...]:
         """The pull-back of `pullback`: of cotangents and then ``g, x…``, for the arguments ``then`` of these."""
         pull = _second(self.function, asked, then)
         found: tuple[Tensor, ...] = self._run(("second", asked, then), pull, *tensors)
         return found
 
-    def _run(self, key: Any, function: Callable[..., Any], *tensors: Tensor) -> Any:
+    def _run(self, name: Any, function: Callable[..., Any], *tensors: Tensor) -> Any:
+        if not _Compiler.works:
+            return function(*tensors)
         # Without a history all calls look the same to the compiler.
         tensors = tuple(each.detach() for each in tensors)
-        start = time.perf_counter()
-        first = key not in self._compiled
-        if first:
-            # PyTorch tells on a machine without a GPU, when it compiles for the CPU, that it found none.
-            logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-            self._compiled[key] = torch.compile(_apart(function), fullgraph=True)
-        try:
+        key = name, _signature(tensors)
+        if key in self._compiled:
             return self._compiled[key](*tensors)
-        except (torch._dynamo.exc.BackendCompilerFailed, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
+        start = time.perf_counter()
+        self._compiled[key] = function
+        self._sizes[name] += 1
+        try:
+            if self._sizes[name] <= SIZES:
+                self._compiled[key] = _compiled(_traced(function, tensors))
+            elif self._sizes[name] == SIZES + 1:
+                _warn(
+                    f"a fused function has been compiled for {SIZES} sizes of image and batch; others run as they are"
+                )
+            return self._compiled[key](*tensors)
+        except torch._dynamo.exc.BackendCompilerFailed as error:
             _Compiler.give_up(error)
             self._compiled[key] = function
             return function(*tensors)
         finally:
-            if first:
-                self.compile_seconds += time.perf_counter() - start
+            self.compile_seconds += time.perf_counter() - start
+
+
+def _signature(tensors: Sequence[Tensor]) -> Signature:
+    return tuple((each.shape, each.stride(), each.dtype, each.device) for each in tensors)
+
+
+def _traced(function: Callable[..., Any], tensors: Sequence[Tensor]) -> fx.GraphModule:
+    """The operations that a function comes to for tensors like these."""
+    if isinstance(function, fx.GraphModule):
+        return function
+    # One tensor given twice is two arguments here.
+    copies = [torch.empty_strided(each.shape, each.stride(), dtype=each.dtype, device=each.device) for each in tensors]
+    graph: fx.GraphModule = make_fx(function, tracing_mode="fake")(*copies)
+    return graph
+
+
+def _compiled(graph: fx.GraphModule) -> Callable[..., Any]:
+    # PyTorch tells on a machine without a GPU, when it compiles for the CPU, that it found none.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    compiled: Callable[..., Any] = torch.compile(graph, fullgraph=True, dynamic=False)
+    return compiled
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
 # log(1 + e) / e on [0, 1], lowest power first: a least-squares fit in Chebyshev polynomials.
@@ -98,18 +147,39 @@ _LOG1P = (
 def softplus(x: Tensor) -> Tensor:
     """``log(1 + eˣ)``, for use inside `Fused`, where a logarithm costs more than all else in a stage.
 
-    In float32 ``max(x, 0) + log(1 + e^−|x|)`` with a polynomial for the logarithm: relative error below 2e-7 of the
-    value, 1e-6 of the derivative, 1e-4 of the second one. In other precisions `torch.nn.functional.softplus`.
+    In float32 ``max(x, 0) + log(1 + e^−|x|)`` with a polynomial for the logarithm: relative error below 3e-7; its
+    derivative is the logistic function. In other precisions `torch.nn.functional.softplus`.
     """
     if x.dtype != torch.float32:
         return F.softplus(x)
-    # Not `abs` and `relu`: the derivatives at zero must be those of the softplus.
-    positive = x >= 0
-    small = torch.exp(torch.where(positive, -x, x))
-    series = torch.full_like(small, _LOG1P[-1])
-    for coefficient in reversed(_LOG1P[:-1]):
-        series = series * small + coefficient
-    return torch.where(positive, x, 0.0) + series * small
+    result: Tensor = _Softplus.apply(x)
+    return result
+
+
+class _Softplus(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        small = torch.exp(-x.abs())
+        return torch.relu(x) + _log1p(small)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return gradient * torch.sigmoid(x)
+
+
+def _log1p(e: Tensor) -> Tensor:
+    """``log(1 + e)`` on [0, 1], by Estrin’s scheme, as Horner’s is one long chain of operations."""
+    c = _LOG1P
+    e2 = e * e
+    e4 = e2 * e2
+    pairs = [c[k] + c[k + 1] * e for k in range(0, 10, 2)]
+    low = (pairs[0] + pairs[1] * e2) + (pairs[2] + pairs[3] * e2) * e4
+    return (low + (pairs[4] + c[10] * e2) * (e4 * e4)) * e
 
 
 class _Compiler:
@@ -123,23 +193,10 @@ class _Compiler:
             return
         cls.works = False
         reason = str(error).strip().splitlines()[0]
-        warnings.warn(
+        _warn(
             "fused operations cannot be compiled here and run as ordinary ones from now on, which is slower "
-            f"({reason}); a C++ compiler is needed, at most eight sizes of image and batch, or fused=False",
-            RuntimeWarning,
-            stacklevel=2,
+            f"({reason}); a C++ compiler is needed, or fused=False"
         )
-
-
-def _apart(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function with code of its own, for the compiler counts its versions by code, which closures share."""
-    code = function.__code__.replace(co_name=f"{function.__name__}_{next(_number)}")
-    return types.FunctionType(
-        code, function.__globals__, function.__name__, function.__defaults__, function.__closure__
-    )
-
-
-_number = itertools.count()
 
 
 def _first(function: Function, asked: Indices) -> Callable[..., tuple[Tensor, ...]]:
@@ -182,12 +239,21 @@ class _Value(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
         ctx.fused, *tensors = inputs
         ctx.save_for_backward(*tensors)
+        ctx.maps = {}
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
         asked = _places(wanted(ctx, len(tensors), first=1))
-        found = _Pullback.apply(ctx.fused, asked, gradient.contiguous(), *tensors)
+        gradient = gradient.contiguous()
+        if torch.is_grad_enabled() or asked not in ctx.maps:
+            ctx.maps.setdefault(asked, None)
+            found = _Pullback.apply(ctx.fused, asked, gradient, *tensors)
+        else:
+            # A graph used once will not be missed; used twice, it will be used often.
+            if ctx.maps[asked] is None:
+                ctx.maps[asked] = ctx.fused.linearised(asked, gradient, *tensors)
+            found = ctx.maps[asked](gradient)
         return None, *_filled(len(tensors), asked, found)
 
 

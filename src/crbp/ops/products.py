@@ -181,7 +181,7 @@ def _compiled(command: list[str]) -> Path:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             new = Path(scratch) / library.name
             _run([*command, str(SOURCE), "-o", str(new)])
-            os.replace(new, library)
+            new.replace(library)
     return library
 
 
