@@ -98,13 +98,10 @@ def test_a_fused_cell_trains_like_an_ordinary_one(norm: Any) -> None:
 
 
 def test_without_a_compiler_it_says_so_once_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(function: Any, **_: Any) -> Any:
-        def call(*_: Tensor) -> Tensor:
-            raise torch._dynamo.exc.BackendCompilerFailed(lambda: None, RuntimeError("no C++ compiler"), None)
+    def broken(*_: Any) -> Any:
+        raise torch._dynamo.exc.BackendCompilerFailed(lambda: None, RuntimeError("no C++ compiler"), None)
 
-        return call
-
-    monkeypatch.setattr(torch, "compile", broken)
+    monkeypatch.setattr(torch._inductor, "compile", broken)
     monkeypatch.setattr(module._Compiler, "works", True)
     x, y = torch.randn(3), torch.randn(3)
     with pytest.warns(RuntimeWarning, match=r"cannot be compiled here"):

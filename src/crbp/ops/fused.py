@@ -66,8 +66,7 @@ class Fused:
 
     def pullback(self, asked: Indices, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Of ``g, x…`` the gradients ``gᵀ ∂f/∂x`` for the arguments ``asked``, without a graph."""
-        found: tuple[Tensor, ...] = self._run(("pullback", asked), _first(self.function, asked), *tensors)
-        return found
+        return tuple(self._run(("pullback", asked), _first(self.function, asked), *tensors))
 
     def linearised(self, asked: Indices, *tensors: Tensor) -> Callable[[Tensor], tuple[Tensor, ...]]:
         """The same as a function of ``g`` alone, all computed and kept that depends on ``x…`` only."""
@@ -77,13 +76,12 @@ class Fused:
         linear, arguments = self._linear[key], tensors[1:]
         kept = self._run(("residuals", asked), linear.residuals, *arguments)
         kept = (*kept, *(arguments[place] for place in linear.needed))
-        return lambda gradient: self._run(("product", asked), linear.product, gradient, *kept)  # type: ignore[no-any-return]
+        return lambda gradient: tuple(self._run(("product", asked), linear.product, gradient, *kept))
 
     def second(self, asked: Indices, then: Indices, *tensors: Tensor) -> tuple[Tensor, ...]:
         """The pull-back of `pullback`: of cotangents and then ``g, x…``, for the arguments ``then`` of these."""
         pull = _second(self.function, asked, then)
-        found: tuple[Tensor, ...] = self._run(("second", asked, then), pull, *tensors)
-        return found
+        return tuple(self._run(("second", asked, then), pull, *tensors))
 
     def _run(self, name: Any, function: Callable[..., Any], *tensors: Tensor) -> Any:
         if not _Compiler.works:
@@ -98,7 +96,7 @@ class Fused:
         self._sizes[name] += 1
         try:
             if self._sizes[name] <= SIZES:
-                self._compiled[key] = _compiled(_traced(function, tensors))
+                self._compiled[key] = _compiled(_traced(function, tensors), tensors)
             elif self._sizes[name] == SIZES + 1:
                 _warn(
                     f"a fused function has been compiled for {SIZES} sizes of image and batch; others run as they are"
@@ -126,10 +124,12 @@ def _traced(function: Callable[..., Any], tensors: Sequence[Tensor]) -> fx.Graph
     return graph
 
 
-def _compiled(graph: fx.GraphModule) -> Callable[..., Any]:
+def _compiled(graph: fx.GraphModule, tensors: Sequence[Tensor]) -> Callable[..., Any]:
     # PyTorch tells on a machine without a GPU, when it compiles for the CPU, that it found none.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    compiled: Callable[..., Any] = torch.compile(graph, fullgraph=True, dynamic=False)
+    with torch.no_grad():
+        # The graph is there already: `torch.compile` would look at it again, and check at every call what `_run` knows.
+        compiled: Callable[..., Any] = torch._inductor.compile(graph, list(tensors))
     return compiled
 
 
