@@ -21,26 +21,27 @@ Method = Literal["auto", "direct", "fft"]
 
 
 class Frame(NamedTuple):
-    """Where an image of ``height × width`` lies in the periodic plane of the transform.
+    """The periodic plane in which an image is transformed, and who multiplies there, see `crbp.ops.products`.
 
     The plane need only be half a kernel larger than the image: what wraps around at one edge falls on the zeros that
     the other edge has anyway.
     """
 
-    height: int
     width: int
     rows: int
     columns: int
-    top: int
-    left: int
-    native: bool = False  # whose layout the spectra have, see `crbp.ops.products`
+    native: bool = False
 
     @staticmethod
     def around(image: tuple[int, int], kernel: tuple[int, int]) -> Frame:
         """The smallest plane that is fast to transform."""
-        (height, width), (top, left) = image, (kernel[0] // 2, kernel[1] // 2)
-        rows, columns = _fast_size(max(height + top, kernel[0])), _fast_size(max(width + left, kernel[1]))
-        return Frame(height, width, rows, columns, top, left)
+        rows, columns = (_fast_size(max(side + reach // 2, reach)) for side, reach in zip(image, kernel, strict=True))
+        return Frame(image[1], rows, columns)
+
+    @property
+    def half(self) -> int:
+        """Columns of the spectrum of real numbers."""
+        return self.columns // 2 + 1
 
 
 @lru_cache
@@ -192,37 +193,33 @@ def _spectrum_of(weight: Tensor, frame: Frame) -> Tensor:
     return _shared.spectra[key][0]
 
 
-# A kernel w acts through its spectrum S[f] = conj ŵ[f], a (C, O) matrix for each frequency f; an image x through
-# (B, C) matrices x̂[f]. All is bilinear, so three products, each the derivative of the others, and a linear pair are
-# enough for derivatives of any order:
+# A kernel w, its centre at the origin of the plane, acts through its spectrum S[f] = conj ŵ[f], a (C, O) matrix for
+# each frequency f; an image x through (B, C) matrices x̂[f]. All is bilinear, so three products, each the derivative of
+# the others, and a linear pair are enough for derivatives of any order:
 #   correlate(x, S) = U(x̂ S)      convolve(y, S) = U(ŷ conj(S)ᵀ), its adjoint in x
 #   cross(x, y) = conj(x̂)ᵀ ŷ, its adjoint in S          spectrum(w) and its adjoint
 # A spectrum and its gradient are in the layout of `products`, as the adjoint of `spectrum` wants it; private to this
-# package.
+# package. Rows are transformed here, columns there.
 
 
-def _transform(image: Tensor, frame: Frame, top: int, left: int) -> Tensor:
-    """``(B, C, H, W)``, set at ``(top, left)`` into the plane, to its spectrum ``(B, C, F)``."""
-    right, bottom = frame.columns - frame.width - left, frame.rows - frame.height - top
-    return torch.fft.rfft2(F.pad(image, (left, right, top, bottom))).flatten(2)
+def _rows(image: Tensor, frame: Frame) -> Tensor:
+    """``(B, C, H, W)`` to the transforms of its rows ``(B, C, H, Q)``."""
+    return torch.fft.rfft(image, n=frame.columns)
 
 
-def _inverse(spectrum: Tensor, frame: Frame, top: int, left: int) -> Tensor:
-    """The part of the plane at ``(top, left)`` of a spectrum ``(B, C, F)``: ``(B, C, H, W)``."""
-    columns = torch.fft.ifft(spectrum.unflatten(2, (frame.rows, frame.columns // 2 + 1)), dim=-2)
-    plane = torch.fft.irfft(columns[..., top : top + frame.height, :], n=frame.columns)
-    image: Tensor = plane[..., left : left + frame.width]
-    return image
+def _image(rows: Tensor, frame: Frame) -> Tensor:
+    """The way back."""
+    return torch.fft.irfft(rows, n=frame.columns)[..., : frame.width]
 
 
 def _waves(frame: Frame, kernel: tuple[int, int], like: Tensor) -> tuple[Tensor, Tensor]:
     """The transform of a kernel by rows ``(R, k)`` and columns ``(k, Q)``: of so few points, products are faster."""
 
     def waves(size: int, frequencies: int, points: int) -> Tensor:
-        turns = torch.outer(torch.arange(frequencies), torch.arange(points)).double() / size
+        turns = torch.outer(torch.arange(frequencies), torch.arange(points) - points // 2).double() / size
         return torch.polar(torch.ones_like(turns), -2 * torch.pi * turns).to(like.device, like.dtype.to_complex())
 
-    return waves(frame.rows, frame.rows, kernel[0]), waves(frame.columns, frame.columns // 2 + 1, kernel[1]).mT
+    return waves(frame.rows, frame.rows, kernel[0]), waves(frame.columns, frame.half, kernel[1]).mT
 
 
 class _Product(torch.autograd.Function):
@@ -239,8 +236,8 @@ class _Correlate(_Product):
 
     @staticmethod
     def forward(image: Tensor, spectrum: Tensor, frame: Frame) -> Tensor:
-        transform = _transform(image, frame, frame.top, frame.left)
-        return _inverse(products(native=frame.native).correlate(transform, spectrum), frame, 0, 0)
+        found = products(native=frame.native).correlate(_rows(image, frame), spectrum, frame.rows)
+        return _image(found, frame)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -258,8 +255,8 @@ class _Convolve(_Product):
 
     @staticmethod
     def forward(image: Tensor, spectrum: Tensor, frame: Frame) -> Tensor:
-        product = products(native=frame.native).convolve(_transform(image, frame, 0, 0), spectrum)
-        return _inverse(product, frame, frame.top, frame.left)
+        found = products(native=frame.native).convolve(_rows(image, frame), spectrum, frame.rows)
+        return _image(found, frame)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -277,8 +274,7 @@ class _Cross(_Product):
 
     @staticmethod
     def forward(image: Tensor, result: Tensor, frame: Frame) -> Tensor:
-        ours, theirs = _transform(image, frame, frame.top, frame.left), _transform(result, frame, 0, 0)
-        return products(native=frame.native).cross(ours, theirs)
+        return products(native=frame.native).cross(_rows(image, frame), _rows(result, frame), frame.rows)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -297,8 +293,7 @@ class _Spectrum(torch.autograd.Function):
     @staticmethod
     def forward(weight: Tensor, frame: Frame) -> Tensor:
         rows, columns = _waves(frame, (weight.shape[-2], weight.shape[-1]), weight)
-        spectrum = rows @ (weight.to(rows.dtype) @ columns)
-        return products(native=frame.native).pack(spectrum.flatten(2))
+        return products(native=frame.native).pack(rows @ (weight.to(rows.dtype) @ columns))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
@@ -315,11 +310,10 @@ class _Kernel(torch.autograd.Function):
 
     @staticmethod
     def forward(spectrum: Tensor, frame: Frame, kernel: tuple[int, int]) -> Tensor:
-        half = frame.columns // 2 + 1
-        unpacked = products(native=frame.native).unpack(spectrum, frame.rows * half).unflatten(2, (frame.rows, half))
+        unpacked = products(native=frame.native).unpack(spectrum, frame.rows, frame.half)
         rows, columns = _waves(frame, kernel, unpacked)
         # Of a real plane the spectrum has one half; all but its first and last column stand for two.
-        twice = torch.full((half,), 2.0, dtype=columns.dtype, device=columns.device)
+        twice = torch.full((frame.half,), 2.0, dtype=columns.dtype, device=columns.device)
         twice[[0, -1]] = 1.0
         weight = (rows.mH @ unpacked) @ (columns.conj() * twice / (frame.rows * frame.columns)).mT
         return weight.real.contiguous()

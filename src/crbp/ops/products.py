@@ -1,8 +1,9 @@
-"""Products of complex matrices, one for each frequency of a transform: natively, or by PyTorch's matrix products.
+"""Convolution of images whose rows have been transformed with spectra of kernels: natively, or by PyTorch.
 
-An image's transform ``x̂`` is ``(B, C, F)``, as it leaves the FFT; the spectrum of a kernel is in the layout of whoever
-computes with it, and known by that name alone: `pack` makes it from ``(O, C, F)``, `unpack` gives that back, both
-conjugated.
+An image comes as ``(B, C, H, Q)``, its ``H`` rows transformed to ``Q`` frequencies each, and leaves so; between lie
+the transforms of the columns to ``R`` frequencies and back, and one product of complex matrices for each frequency. The
+spectrum of a kernel is in the layout of whoever computes with it: `pack` makes it from ``(O, C, R, Q)``, `unpack` gives
+that back, both conjugated.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,29 +27,37 @@ SOURCE = Path(__file__).with_name("products.cpp")
 
 
 class MatrixProducts:
-    """By `torch.bmm` on spectra ``(F, C, O)``: for any device and size, at two copies more."""
+    """By `torch.fft` and `torch.bmm` on spectra ``(R Q, C, O)``: for any device and size, with more copies."""
 
     def pack(self, spectrum: Tensor) -> Tensor:
-        """``(O, C, F)``, conjugated, to ``(F, C, O)``."""
-        return _laid_out(spectrum.permute(2, 1, 0).conj())
+        """``(O, C, R, Q)``, conjugated, to ``(R Q, C, O)``."""
+        return _laid_out(spectrum.flatten(2).permute(2, 1, 0).conj())
 
-    def unpack(self, packed: Tensor, frequencies: int) -> Tensor:
-        """Back to ``(O, C, F)``."""
-        return _laid_out(packed.permute(2, 1, 0).conj())
+    def unpack(self, packed: Tensor, rows: int, columns: int) -> Tensor:
+        """Back to ``(O, C, R, Q)``."""
+        return _laid_out(packed.permute(2, 1, 0).conj()).unflatten(2, (rows, columns))
 
-    def correlate(self, image: Tensor, packed: Tensor) -> Tensor:
-        """``Σ_c x̂[b, c] S[c, o]``: ``(B, O, F)``."""
-        return _laid_out(torch.bmm(_laid_out(image.permute(2, 0, 1)), packed).permute(1, 2, 0))
+    def correlate(self, image: Tensor, packed: Tensor, rows: int) -> Tensor:
+        """``Σ_c x̂[b, c] S[c, o]``: ``(B, O, H, Q)``."""
+        product = torch.bmm(_laid_out(self._columns(image, rows).permute(2, 0, 1)), packed)
+        return self._back(_laid_out(product.permute(1, 2, 0)), image, rows)
 
-    def convolve(self, image: Tensor, packed: Tensor) -> Tensor:
-        """``Σ_o ŷ[b, o] conj S[c, o]``: ``(B, C, F)``."""
-        product = torch.bmm(_laid_out(image.permute(2, 0, 1).conj()), packed.mT)
-        return _laid_out(product.permute(1, 2, 0).conj())
+    def convolve(self, image: Tensor, packed: Tensor, rows: int) -> Tensor:
+        """``Σ_o ŷ[b, o] conj S[c, o]``: ``(B, C, H, Q)``."""
+        product = torch.bmm(_laid_out(self._columns(image, rows).permute(2, 0, 1).conj()), packed.mT)
+        return self._back(_laid_out(product.permute(1, 2, 0).conj()), image, rows)
 
-    def cross(self, image: Tensor, result: Tensor) -> Tensor:
+    def cross(self, image: Tensor, result: Tensor, rows: int) -> Tensor:
         """``Σ_b conj(x̂[b, c]) ŷ[b, o]``, in the layout of a spectrum."""
-        left, right = image.permute(2, 1, 0).conj(), result.permute(2, 0, 1)
+        left, right = self._columns(image, rows).permute(2, 1, 0).conj(), self._columns(result, rows).permute(2, 0, 1)
         return torch.bmm(_laid_out(left), _laid_out(right))
+
+    def _columns(self, image: Tensor, rows: int) -> Tensor:
+        return torch.fft.fft(image, n=rows, dim=-2).flatten(2)
+
+    def _back(self, spectrum: Tensor, image: Tensor, rows: int) -> Tensor:
+        height, columns = image.shape[-2:]
+        return torch.fft.ifft(spectrum.unflatten(2, (rows, columns)), dim=-2)[..., :height, :]
 
 
 def _laid_out(spectrum: Tensor) -> Tensor:
@@ -58,7 +67,7 @@ def _laid_out(spectrum: Tensor) -> Tensor:
 
 
 class NativeProducts:
-    """By `products.cpp`, compiled on this machine: spectra are read once, in the order of the transform."""
+    """By `products.cpp`, compiled on this machine: a spectrum is read once, in the order in which it lies."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
@@ -66,57 +75,63 @@ class NativeProducts:
         self._bytes: int = library.vector_bytes()
 
     def pack(self, spectrum: Tensor) -> Tensor:
-        """``(O, C, F)``, conjugated, to blocks of W frequencies ``(F / W, C, O, 2, W)``, real."""
-        outputs, inputs, frequencies = spectrum.shape
-        real = _REAL[spectrum.dtype]
-        width = self._bytes // real.itemsize
-        packed = torch.empty(-(-frequencies // width), inputs, outputs, 2, width, dtype=real)
-        self._call("pack", real, spectrum.contiguous(), packed, inputs, outputs, frequencies)
+        """``(O, C, R, Q)``, conjugated, to blocks of W columns ``(Q / W, R, C, O, 2, W)``, real."""
+        outputs, inputs, rows, columns = spectrum.shape
+        packed = self._packed(spectrum.dtype.to_real(), inputs, outputs, rows, columns)
+        self._call("pack", spectrum.contiguous(), packed, inputs, outputs, 0, rows, columns)
         return packed
 
-    def unpack(self, packed: Tensor, frequencies: int) -> Tensor:
-        """Back to ``(O, C, F)``."""
-        inputs, outputs = packed.shape[1:3]
-        spectrum = torch.empty(outputs, inputs, frequencies, dtype=packed.dtype.to_complex())
-        self._call("unpack", packed.dtype, packed.contiguous(), spectrum, inputs, outputs, frequencies)
+    def unpack(self, packed: Tensor, rows: int, columns: int) -> Tensor:
+        """Back to ``(O, C, R, Q)``."""
+        inputs, outputs = packed.shape[2:4]
+        spectrum = torch.empty(outputs, inputs, rows, columns, dtype=packed.dtype.to_complex())
+        self._call("unpack", packed.contiguous(), spectrum, inputs, outputs, 0, rows, columns)
         return spectrum
 
-    def correlate(self, image: Tensor, packed: Tensor) -> Tensor:
-        """``Σ_c x̂[b, c] S[c, o]``: ``(B, O, F)``."""
-        return self._apply("correlate", image, packed, channels=packed.shape[2])
+    def correlate(self, image: Tensor, packed: Tensor, rows: int) -> Tensor:
+        """``Σ_c x̂[b, c] S[c, o]``: ``(B, O, H, Q)``."""
+        return self._apply("correlate", image, packed, packed.shape[3], rows)
 
-    def convolve(self, image: Tensor, packed: Tensor) -> Tensor:
-        """``Σ_o ŷ[b, o] conj S[c, o]``: ``(B, C, F)``."""
-        return self._apply("convolve", image, packed, channels=packed.shape[1])
+    def convolve(self, image: Tensor, packed: Tensor, rows: int) -> Tensor:
+        """``Σ_o ŷ[b, o] conj S[c, o]``: ``(B, C, H, Q)``."""
+        return self._apply("convolve", image, packed, packed.shape[2], rows)
 
-    def cross(self, image: Tensor, result: Tensor) -> Tensor:
+    def cross(self, image: Tensor, result: Tensor, rows: int) -> Tensor:
         """``Σ_b conj(x̂[b, c]) ŷ[b, o]``, in the layout of a spectrum."""
-        (images, inputs, frequencies), outputs = image.shape, result.shape[1]
-        real = _REAL[image.dtype]
-        width = self._bytes // real.itemsize
-        packed = torch.empty(-(-frequencies // width), inputs, outputs, 2, width, dtype=real)
-        tensors = image.contiguous(), result.contiguous(), packed
-        self._call("cross", real, *tensors, images, inputs, outputs, frequencies)
+        (images, inputs, height, columns), outputs = image.shape, result.shape[1]
+        packed = self._packed(image.dtype.to_real(), inputs, outputs, rows, columns)
+        tensors = image.contiguous(), result.contiguous(), packed, _roots(rows, packed.dtype)
+        self._call("cross", *tensors, images, inputs, outputs, height, rows, columns)
         return packed
 
-    def _apply(self, name: str, image: Tensor, packed: Tensor, *, channels: int) -> Tensor:
-        images, _, frequencies = image.shape
-        inputs, outputs = packed.shape[1:3]
-        result = torch.empty(images, channels, frequencies, dtype=image.dtype)
-        tensors = image.contiguous(), packed.contiguous(), result
-        self._call(name, packed.dtype, *tensors, images, inputs, outputs, frequencies)
+    def _apply(self, name: str, image: Tensor, packed: Tensor, channels: int, rows: int) -> Tensor:
+        images, _, height, columns = image.shape
+        result = torch.empty(images, channels, height, columns, dtype=image.dtype)
+        tensors = image.contiguous(), packed.contiguous(), result, _roots(rows, packed.dtype)
+        self._call(name, *tensors, images, *packed.shape[2:4], height, rows, columns)
         return result
 
-    def _call(self, name: str, dtype: torch.dtype, *arguments: Tensor | int) -> None:
-        function = getattr(self._library, f"{name}_{str(dtype).removeprefix('torch.')}")
+    def _packed(self, dtype: torch.dtype, inputs: int, outputs: int, rows: int, columns: int) -> Tensor:
+        width = self._bytes // dtype.itemsize
+        return torch.empty(-(-columns // width), rows, inputs, outputs, 2, width, dtype=dtype)
+
+    def _call(self, name: str, *arguments: Tensor | int) -> None:
+        precision = next(each.dtype for each in arguments if isinstance(each, Tensor)).to_real()
+        function = getattr(self._library, f"{name}_{str(precision).removeprefix('torch.')}")
         passed: list[Any] = [
             ctypes.c_void_p(each.data_ptr()) if isinstance(each, Tensor) else ctypes.c_int64(each) for each in arguments
         ]
         function(*passed, ctypes.c_int(torch.get_num_threads()))
 
 
+@lru_cache
+def _roots(count: int, dtype: torch.dtype) -> Tensor:
+    """``exp(−2πi j / count)`` as pairs of real numbers ``(count, 2)``."""
+    turns = -2 * torch.pi * torch.arange(count, dtype=torch.float64) / count
+    return torch.stack([turns.cos(), turns.sin()], dim=1).to(dtype)
+
+
 Products = MatrixProducts | NativeProducts
-_REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}
 # Above this, the matrices of a block of frequencies leave the cache of a core, and a library's blocking is better.
 _MOST_NATIVE = 64 * 64
 
