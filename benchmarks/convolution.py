@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from crbp import ops
 
@@ -40,7 +41,8 @@ def measure() -> list[dict[str, Any]]:
     for kernel, channels, side, batch in itertools.product(KERNELS, CHANNELS, SIDES, BATCHES):
         if batch * (side * kernel * channels) ** 2 > LARGEST:
             continue
-        image, weight = torch.randn(batch, channels, side, side), torch.randn(channels, channels, kernel, kernel)
+        image = torch.randn(batch, channels, side, side)
+        weight = nn.Parameter(torch.randn(channels, channels, kernel, kernel))
         with torch.no_grad(), ops.shared_spectra():
             case = {"kernel": kernel, "channels": channels, "side": side, "batch": batch}
             seconds = {

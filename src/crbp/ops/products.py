@@ -35,7 +35,8 @@ class MatrixProducts:
 
     def unpack(self, packed: Tensor, rows: int, columns: int) -> Tensor:
         """Back to ``(O, C, R, Q)``."""
-        return _laid_out(packed.permute(2, 1, 0).conj()).unflatten(2, (rows, columns))
+        spectrum = _laid_out(packed.permute(2, 1, 0).conj())
+        return spectrum.view(*spectrum.shape[:2], rows, columns)
 
     def correlate(self, image: Tensor, packed: Tensor, rows: int) -> Tensor:
         """``Σ_c x̂[b, c] S[c, o]``: ``(B, O, H, Q)``."""
@@ -53,11 +54,13 @@ class MatrixProducts:
         return torch.bmm(_laid_out(left), _laid_out(right))
 
     def _columns(self, image: Tensor, rows: int) -> Tensor:
-        return torch.fft.fft(image, n=rows, dim=-2).flatten(2)
+        transformed: Tensor = torch.fft.fft(image, n=rows, dim=-2)
+        return transformed.flatten(2)
 
     def _back(self, spectrum: Tensor, image: Tensor, rows: int) -> Tensor:
         height, columns = image.shape[-2:]
-        return torch.fft.ifft(spectrum.unflatten(2, (rows, columns)), dim=-2)[..., :height, :]
+        plane: Tensor = torch.fft.ifft(spectrum.view(*spectrum.shape[:2], rows, columns), dim=-2)
+        return plane[..., :height, :]
 
 
 def _laid_out(spectrum: Tensor) -> Tensor:
