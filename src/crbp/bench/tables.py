@@ -49,10 +49,10 @@ def step(numbers: Numbers) -> Table:
 
 def kernels(numbers: Numbers) -> Table:
     """Both codes at several kernels."""
-    rows = [[f"{row['kernel_size']}×{row['kernel_size']}", *_pair(row)] for row in numbers["rows"]]
+    rows = [[f"{row['kernel_size']}×{row['kernel_size']}", str(row["steps"]), *_pair(row)] for row in numbers["rows"]]
     size = numbers["size"]
-    title = f"Smaller kernels: {size['batch']} images of {size['image']}×{size['image']}, N = {size['steps']}"
-    return _table(title, ("kernel", *_PAIR), rows)
+    title = f"Smaller kernels: {size['batch']} images of {size['image']}×{size['image']}"
+    return _table(title, ("kernel", "N", *_PAIR), rows)
 
 
 def memory(numbers: Numbers) -> Table:
