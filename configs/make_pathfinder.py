@@ -7,7 +7,7 @@ The rows differ in a line or two each, so they are kept here as data; every file
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,16 @@ PUBLISHED = {  # F1 on validation: peak / last where both are known
 }  # fmt: skip
 
 
+SMALL_STEPS = {
+    5: 8,
+    9: 12,
+    14: 20,
+}  # N of the methods that need a steady state, by length of contour; the others take 6
+SMALL_LEAD_IN = {5: {3: 1_280}, 9: {3: 1_280, 6: 2_560}, 14: {3: 1_280, 6: 2_560, 10: 2_560}}  # dashes: images
+SMALL_SIZE = {5: 8_000, 9: 12_800, 14: 16_000}  # images seen in training
+SMALL_SIDES = {3: 20, 5: 12, 9: 8}  # steps of C-RBP for each kernel size, 5 dashes
+
+
 @dataclass(frozen=True, kw_only=True)
 class Scale:
     """The settings that all rows of one scale share."""
@@ -57,7 +67,8 @@ class Scale:
     trainer: dict[str, Any]
     task: dict[str, Any]
     data: dict[str, Any]
-    lead_in: tuple[int, int] | None = None  # dashes of the contours that the first images show, and how many those are
+    # Dashes of the contours that the first images show, and how many those are, one stage after the other.
+    lead_in: dict[int, int] = field(default_factory=dict)
     contracting: dict[str, Any] = field(default_factory=dict)  # of the task, where there is a penalty
 
 
@@ -82,7 +93,7 @@ MINI = Scale(
     trainer={"max_epochs": 2},
     task={"learning_rate": 0.01, "schedule": "cosine", "beta2": 0.99, "gamma": 1.0},
     data={"batch_size": 16, "train_size": 8_000, "val_size": 500, "test_size": 2_000, "flips": True},
-    lead_in=(3, 1_280),
+    lead_in={3: 1_280},
     contracting={"penalty_ramp": 0.8, "step_jitter": 14},
 )
 
@@ -117,10 +128,11 @@ def config(scale: Scale, preset: str, net: dict[str, Any], method: str = "") -> 
     if method == "allsteps":
         task["supervision"] = "all"
     data: dict[str, Any] = {"source": thing("tasks.Generated", preset=preset), **scale.data}
-    if scale.lead_in is not None:
-        length, size = scale.lead_in
-        data["lead_in"] = thing("tasks.Generated", preset=preset, settings={"contour_length": length})
-        data["lead_in_size"] = size
+    if scale.lead_in:
+        stages = [thing("tasks.Generated", preset=preset, settings={"contour_length": n}) for n in scale.lead_in]
+        sizes = list(scale.lead_in.values())
+        data["lead_in"] = thing("tasks.Stages", sources=stages, sizes=sizes[:-1]) if len(stages) > 1 else stages[0]
+        data["lead_in_size"] = sum(sizes)
     return {
         "seed_everything": 0,
         "trainer": scale.trainer,
@@ -162,6 +174,38 @@ def rows() -> Iterator[tuple[str, str, dict[str, Any]]]:
         yield f"mini_{kind}_{method}", what, recurrent(MINI, "mini", kind, method, steps, 7)
     what = "32×32 images, feed-forward, 6 layers; minutes on two CPU cores"
     yield "mini_feedforward", what, feedforward(MINI, "mini", 7)
+    yield from small_rows()
+
+
+def small(length: int, steps: int) -> Scale:
+    """The scale of the small rows for one length of contour."""
+    return replace(
+        MINI,
+        trainer={"max_epochs": 1, "val_check_interval": 50},
+        data={**MINI.data, "train_size": SMALL_SIZE[length], "val_size": 256},
+        lead_in=SMALL_LEAD_IN[length],
+        terms=max(6, steps // 2),
+        contracting={"penalty_ramp": 0.8, "step_jitter": 2 * steps},
+    )
+
+
+def small_rows() -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """The published rows at a size for two CPU cores: 48×48 images, contours of 5, 9 and 14 dashes."""
+    for length, many in SMALL_STEPS.items():
+        for kind, methods in (("hgru", tuple(METHODS)), ("convlstm", ("bptt", "crbp"))):
+            for method in methods:
+                steps = many if method in ("rbp", "crbp") else 6
+                scale = small(length, steps)
+                what = f"48×48 images, {length} dashes, {CELLS[kind]}, {METHODS[method]}, {steps} steps"
+                run = recurrent(scale, f"small{length}", kind, method, steps, 7)
+                yield f"small{length}_{kind}_{method}", what, run
+        what = f"48×48 images, {length} dashes, feed-forward, 6 layers"
+        yield f"small{length}_feedforward", what, feedforward(small(length, 6), f"small{length}", 7)
+    for size, many in SMALL_SIDES.items():
+        for method, steps in (("crbp", many), ("bptt", 6)):
+            what = f"48×48 images, 5 dashes, hGRU, {METHODS[method]}, {steps} steps, {size}×{size} kernels"
+            run = recurrent(small(5, steps), "small5", "hgru", method, steps, size)
+            yield f"small5_hgru_{method}_k{size}", what, run
 
 
 def text(name: str, title: str, content: dict[str, Any]) -> str:

@@ -98,7 +98,7 @@ def test_settings_of_the_paper() -> None:
     for path in FILES:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         task, data = content["model"]["init_args"], content["data"]["init_args"]
-        if path.stem.startswith("mini"):
+        if not path.stem.startswith("pf"):
             continue
         assert (data["batch_size"], data["flips"], content["trainer"]["max_epochs"]) == (128, True, 20)
         assert (task["learning_rate"], task["schedule"]) == (1e-3, "constant")

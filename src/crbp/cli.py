@@ -41,14 +41,23 @@ def _generate(arguments: list[str]) -> None:
 
 
 def _demo(arguments: list[str]) -> None:
-    _need("train", "lightning", "jsonargparse", "torchmetrics", "safetensors", "numba", "matplotlib")
+    _need("train", "lightning", "jsonargparse", "torchmetrics", "safetensors", "numba", "matplotlib", "scipy")
     from crbp.demo import main as demo
 
     demo(arguments)
 
 
+def _analyze(arguments: list[str]) -> None:
+    _need("train", "lightning", "jsonargparse", "torchmetrics", "safetensors", "numba", "matplotlib", "scipy", "rich")
+    from crbp.analysis.command import main as analyze
+    from crbp.ops import keep_freed_memory
+
+    keep_freed_memory()
+    analyze(arguments)
+
+
 def _bench(arguments: list[str]) -> None:
-    _need("train", "lightning", "jsonargparse", "torchmetrics", "safetensors", "numba", "matplotlib", "rich")
+    _need("train", "lightning", "jsonargparse", "torchmetrics", "safetensors", "numba", "matplotlib", "scipy", "rich")
     from crbp.bench.command import main as bench
 
     bench(arguments)
@@ -81,6 +90,11 @@ COMMANDS = {
         _generate,
     ),
     "demo": _Command("see the stable and the unstable way to train side by side", "crbp demo --quick", _demo),
+    "analyze": _Command(
+        "see what a trained model does beyond the steps it was trained for",
+        "crbp analyze runs/NAME/version_0/weights/best.safetensors --out analysis",
+        _analyze,
+    ),
     "bench": _Command("measure speed and memory beside the textbook C-RBP", "crbp bench --out bench", _bench),
 }
 

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny_contours import LEAF_SPEC, Lines, tiny_data, tiny_task, trainer
 
-from crbp.tasks import ContourData, FrobeniusPenalty, Generated
+from crbp.tasks import ContourData, FrobeniusPenalty, Generated, Stages
 from crbp.tasks.sampling import EpochSampler
 
 pytestmark = [
@@ -78,6 +78,18 @@ def test_lead_in_and_what_follows_are_told_apart() -> None:
     assert torch.equal(got, torch.stack([wanted[i]["image"] for i in range(6)]))
     ordinary = ContourData(long, batch_size=4, train_size=12, workers=0, flips=False)
     assert torch.equal(third["image"], list(ordinary.train_dataloader())[2]["image"])
+
+
+def test_stages_follow_each_other() -> None:
+    short, long = (Generated(preset="mini", settings={"contour_length": length}) for length in (3, 5))
+    stages = Stages(sources=[short, long, short], sizes=[2, 3])
+    found = stages.items("train", 7, 0)
+    wanted = [*short.items("train", 2, 0), *long.items("train", 3, 0), *short.items("train", 2, 0)]  # type: ignore[call-overload]
+    for index, item in enumerate(wanted):
+        torch.testing.assert_close(found[index]["image"], item["image"])
+    assert torch.equal(stages.items("train", 4, 0)[3]["image"], wanted[3]["image"])
+    with pytest.raises(ValueError, match="one number for each source but the last"):
+        Stages(sources=[short], sizes=[4])
 
 
 def test_a_lead_in_longer_than_an_epoch_fills_the_first() -> None:

@@ -1,6 +1,13 @@
 """What a trained model does over its steps: how well it traces, whether it settles, when it reaches each pixel."""
 
-from crbp.analysis.memory import memory_curve
-from crbp.analysis.trajectory import Trajectory, arrival_steps, follow
+from importlib.util import find_spec
 
-__all__ = ["Trajectory", "arrival_steps", "follow", "memory_curve"]
+_NEEDED = ("scipy", "matplotlib")
+if _missing := [name for name in _NEEDED if find_spec(name) is None]:
+    raise ImportError(f"crbp.analysis needs {', '.join(_missing)}, not installed here; run: pip install 'crbp[train]'")
+
+from crbp.analysis.memory import memory_curve  # noqa: E402
+from crbp.analysis.states import StateSpace, state_space  # noqa: E402
+from crbp.analysis.trajectory import Trajectory, arrival_steps, follow  # noqa: E402
+
+__all__ = ["StateSpace", "Trajectory", "arrival_steps", "follow", "memory_curve", "state_space"]

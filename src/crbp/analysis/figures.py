@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+_PATHS = 12  # images whose way through the state space is drawn
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # Okabe and Ito: told apart by colour-blind readers
 
 
@@ -90,6 +91,43 @@ def over_steps(
         axes.set_yscale("log")
     axes.set(xlabel="step t", ylabel=label, xlim=(0, longest))
     axes.legend(frameon=False)
+    return figure
+
+
+def state_space(coordinates: Tensor, explained: Tensor, *, trained: int) -> Figure:
+    """How often the states lie where, seen along their two principal axes: up to the steps trained for, and beyond.
+
+    Args:
+        coordinates: of every state, ``(T, B, 2)``.
+        explained: share of the variance along each axis, ``(2,)``.
+        trained: the number of steps trained for, below T.
+    """
+    figure = Figure(figsize=(8.4, 3.9), layout="constrained")
+    panels = figure.subplots(1, 2, sharex=True, sharey=True)
+    low, high = (getattr(coordinates.flatten(0, 1), name)(dim=0).values for name in ("min", "max"))
+    room = 0.05 * (high - low).clamp_min(1e-6)
+    extent = [(float(a), float(b)) for a, b in zip(low - room, high + room, strict=True)]
+    paths = coordinates[:, :_PATHS].numpy()
+    parts = {
+        f"steps 1 to {trained}": coordinates[:trained],
+        f"{trained + 1} to {len(coordinates)}": coordinates[trained:],
+    }
+    shown = None
+    for axes, (title, part) in zip(panels, parts.items(), strict=True):
+        x, y = part.flatten(0, 1).numpy().T
+        weights = np.full(len(x), 1 / len(x))
+        *_, shown = axes.hist2d(
+            x, y, bins=48, range=extent, weights=weights, cmap="Blues", norm="log", vmin=1e-4, vmax=1
+        )
+        axes.plot(paths[..., 0], paths[..., 1], color=_COLOURS[1], linewidth=0.7)
+        axes.plot(*paths[trained - 1].T, "o", color=_COLOURS[1], markersize=5, label=f"some images at step {trained}")
+        axes.plot(*paths[-1].T, "x", color="black", markersize=6, label=f"the same at step {len(coordinates)}")
+        axes.set_title(title, fontsize=9)
+        axes.set_xlabel(f"axis 1 ({explained[0]:.0%} of the variance)")
+    panels[0].set_ylabel(f"axis 2 ({explained[1]:.0%})")
+    panels[0].legend(frameon=False, fontsize=8)
+    if shown is not None:
+        figure.colorbar(shown, ax=panels, label="share of the states", fraction=0.03)
     return figure
 
 

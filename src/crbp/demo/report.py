@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import platform
 import time
@@ -15,6 +14,7 @@ from torch import Tensor
 
 import crbp
 from crbp.analysis import figures, memory_curve
+from crbp.analysis.page import write_page
 from crbp.demo.recipe import Recipe
 from crbp.demo.training import RADII, validation
 from crbp.tasks import Origin, save_net
@@ -41,14 +41,21 @@ def write(
     image, mask = validation(recipe, seed)
     memory = _memory(recipe, image)
     drawn = _draw(recipe, outcomes, image, mask, memory)
-    for name, figure in drawn.items():
-        figure.savefig(folder / f"{name}.png", dpi=140)
     for name, outcome in outcomes.items():
         save_net(outcome.weights, folder / f"{_slug(name)}.safetensors", _origin(name, recipe))
     numbers = _numbers(recipe, outcomes, image, mask, memory)
     numbers |= {"seed": seed, "quick": quick, "machine": _machine(), "seconds": round(time.perf_counter() - since, 1)}
-    page = _page(folder, list(drawn), numbers, recipe)
-    (folder / "report.html").write_text(page, encoding="utf-8")
+    captions = _captions(numbers, recipe)
+    note = "<p class=note>This is the quick run: fewer images than the model needs.</p>"
+    write_page(
+        folder / "report.html",
+        title="crbp demo: contours traced step by step",
+        heading="A recurrent model traces contours, and stays right",
+        lead=f"{note if quick else ''}<p>{_verdict(numbers, recipe)}</p>",
+        table=_table(numbers, recipe),
+        figures={name: (figure, captions[name]) for name, figure in drawn.items()},
+        notes={"How it was made": _how(numbers, recipe)},
+    )
     return numbers
 
 
@@ -134,24 +141,6 @@ def _spread(n: int) -> list[int]:
     return sorted({1, 2, 3, *(round(n * share) for share in (0.4, 0.6, 0.8, 1.0)), 4 * n})
 
 
-def _page(folder: Path, names: list[str], numbers: dict[str, Any], recipe: Recipe) -> str:
-    pictures = {name: base64.b64encode((folder / f"{name}.png").read_bytes()).decode() for name in names}
-    captions = _captions(numbers, recipe)
-    shown = "\n".join(
-        f'<figure id="{name}"><img alt="{html.escape(captions[name])}" src="data:image/png;base64,{picture}">'
-        f"<figcaption>{captions[name]}</figcaption></figure>"
-        for name, picture in pictures.items()
-    )
-    note = "<p class=note>This is the quick run: fewer images than the model needs.</p>"
-    return _TEMPLATE.format(
-        quick=note if numbers["quick"] else "",
-        verdict=_verdict(numbers, recipe),
-        table=_table(numbers, recipe),
-        figures=shown,
-        how=_how(numbers, recipe),
-    )
-
-
 def _verdict(numbers: dict[str, Any], recipe: Recipe) -> str:
     n = recipe.steps
     change, other = (numbers[f"{p}f1_at_4n"] - numbers[f"{p}f1_at_n"] for p in ("", "bptt_"))
@@ -164,7 +153,7 @@ def _verdict(numbers: dict[str, Any], recipe: Recipe) -> str:
     )
 
 
-def _table(numbers: dict[str, Any], recipe: Recipe) -> str:
+def _table(numbers: dict[str, Any], recipe: Recipe) -> list[tuple[str, str, str]]:
     n, most = recipe.steps, MEMORY_STEPS[-1]
     rows = [
         (f"F1 at N = {n}", "f1_at_n", "{:.3f}"),
@@ -175,13 +164,10 @@ def _table(numbers: dict[str, Any], recipe: Recipe) -> str:
         ("images seen in training", "images", "{:,}"),
         ("seconds of training on one core", "training_seconds", "{:.0f}"),
     ]
-    lines = [
-        f"<tr><th>{label}<td>{form.format(numbers[key])}<td>{form.format(numbers['bptt_' + key])}"
-        for label, key, form in rows
-    ]
+    cells = [(label, form.format(numbers[key]), form.format(numbers["bptt_" + key])) for label, key, form in rows]
     ours, theirs = (numbers[f"{p}memory_mib"][most] for p in ("", "bptt_"))
-    lines.append(f"<tr><th>saved activations of one image at {most} steps, MiB<td>{ours:.1f}<td>{theirs:.1f}")
-    return "<table><tr><td><th>C-RBP<th>BPTT\n" + "\n".join(lines) + "</table>"
+    memory = f"saved activations of one image at {most} steps, MiB", f"{ours:.1f}", f"{theirs:.1f}"
+    return [("", "C-RBP", "BPTT"), *cells, memory]
 
 
 def _captions(numbers: dict[str, Any], recipe: Recipe) -> dict[str, str]:
@@ -244,28 +230,3 @@ def _origin(name: str, recipe: Recipe) -> Origin:
             },
         },
     )
-
-
-_TEMPLATE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>crbp demo: contours traced step by step</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }}
-h1 {{ line-height: 1.2; }}
-img {{ max-width: 100%; height: auto; }}
-figure {{ margin: 2rem 0; }}
-figcaption, .note, footer {{ color: #555; font-size: 0.9rem; }}
-table {{ border-collapse: collapse; }}
-td, th {{ padding: 0.3rem 1rem 0.3rem 0; border-bottom: 1px solid #ddd; text-align: right; font-weight: normal; }}
-th:first-child, td:first-child {{ text-align: left; }}
-</style>
-<h1>A recurrent model traces contours, and stays right</h1>
-{quick}
-<p>{verdict}</p>
-{table}
-{figures}
-<h2>How it was made</h2>
-<p>{how}</p>
-<footer>The algorithm: Linsley et al., Stable and expressive recurrent vision models, NeurIPS 2020.</footer>
-</html>
-"""

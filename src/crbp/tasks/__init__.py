@@ -7,10 +7,10 @@ if _missing := [name for name in _NEEDED if find_spec(name) is None]:
     raise ImportError(f"crbp.tasks needs {', '.join(_missing)}, not installed here; run: pip install 'crbp[train]'")
 
 from crbp.tasks.contour import ContourTask  # noqa: E402
-from crbp.tasks.data import ContourData, ContourSource, Folders, Generated  # noqa: E402
+from crbp.tasks.data import ContourData, ContourSource, Folders, Generated, Stages  # noqa: E402
 from crbp.tasks.penalties import FrobeniusPenalty, LipschitzPenalty, Penalty  # noqa: E402
 from crbp.tasks.predictions import PredictionWriter  # noqa: E402
-from crbp.tasks.weights import Origin, SafetensorsExport, WeightsError, load_net, save_net  # noqa: E402
+from crbp.tasks.weights import Origin, SafetensorsExport, WeightsError, load_net, load_trained, save_net  # noqa: E402
 
 __all__ = [
     "ContourData",
@@ -24,7 +24,9 @@ __all__ = [
     "Penalty",
     "PredictionWriter",
     "SafetensorsExport",
+    "Stages",
     "WeightsError",
     "load_net",
+    "load_trained",
     "save_net",
 ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import pickle
 import warnings
 from argparse import ArgumentError
 from pathlib import Path
@@ -21,7 +20,7 @@ from crbp.data.pathfinder import DataError, GenerationError
 from crbp.errors import CrbpError
 from crbp.tasks._messages import one_line
 from crbp.tasks.predictions import PredictionWriter
-from crbp.tasks.weights import Origin, SafetensorsExport
+from crbp.tasks.weights import Origin, SafetensorsExport, read_state
 
 COMMANDS = ("fit", "validate", "test", "predict")
 
@@ -116,7 +115,7 @@ class _CommandLine(LightningCLI):
         if path is None or path in ("last", "best", "hpc"):
             self._weights = None
             return
-        self._weights = _read_checkpoint(Path(path))
+        self._weights = read_state(Path(path))
 
     def before_instantiate_classes(self) -> None:
         """Name the run after its configuration, let a resumed one go on in its folder, and use the cores once."""
@@ -215,20 +214,6 @@ def _set_threads() -> None:
     if torch.cuda.is_available():
         # Convolutions take TF32 already; matrix products are to be no different.
         torch.set_float32_matmul_precision("high")
-
-
-def _read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
-    """The weights in a checkpoint of Lightning's."""
-    if not path.is_file():
-        raise CrbpError(f"the checkpoint {path} does not exist; crbp fit writes best.ckpt and last.ckpt under runs/")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        weights: dict[str, torch.Tensor] = checkpoint["state_dict"]
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, ValueError, KeyError, TypeError) as error:
-        raise CrbpError(
-            f"the checkpoint {path} cannot be read: it is damaged, or not a .ckpt file that crbp fit wrote"
-        ) from error
-    return weights
 
 
 def _check_fit(weights: dict[str, torch.Tensor], model: dict[str, torch.Tensor], path: str) -> None:

@@ -113,6 +113,44 @@ class Folders(ContourSource):
         return found
 
 
+@dataclass(frozen=True, kw_only=True)
+class Stages(ContourSource):
+    """Images of several sources, one source after the other: a curriculum, such as contours that grow longer.
+
+    Args:
+        sources: at least one; their images have one shape.
+        sizes: images of each source but the last, which gives the rest.
+
+    Raises:
+        ValueError: if the numbers of sources and sizes do not go together, or a size is below 1.
+    """
+
+    sources: list[ContourSource]
+    sizes: list[int]
+
+    def __post_init__(self) -> None:
+        if len(self.sizes) != len(self.sources) - 1:
+            raise ValueError(
+                f"sizes must have one number for each source but the last, not {len(self.sizes)} for "
+                f"{len(self.sources)} sources"
+            )
+        for size in self.sizes:
+            count("sizes", size)
+
+    def items(self, split: Split, size: int, seed: int) -> Items:
+        """The stages in their order, cut off at ``size`` images."""
+        parts: list[tuple[Items, int]] = []
+        left = size
+        for source, wanted in zip(self.sources, [*self.sizes, size], strict=True):
+            if taken := min(wanted, left):
+                parts.append((source.items(split, taken, seed), taken))
+                left -= taken
+        items, _ = parts.pop()
+        for first, taken in reversed(parts):
+            items = Followed(first, taken, items)
+        return items
+
+
 class ContourData(pl.LightningDataModule):
     """Batches of contour images for `ContourTask`.
 

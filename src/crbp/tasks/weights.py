@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import pickle
 from argparse import ArgumentError
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
+import torch
+import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch.trainer.states import TrainerFn
 from safetensors import SafetensorError, safe_open
@@ -82,41 +85,103 @@ def load_net(path: str | Path, *, trust: Sequence[str] = ("crbp",)) -> nn.Module
         WeightsError: if the file cannot be read, was not written by crbp, names a class outside ``trust``, or does
             not fit the network that its configuration describes.
     """
-    net_config, state = _read(Path(path))
-    for name in _class_paths(net_config):
-        if name.split(".")[0] not in trust:
-            raise WeightsError(f"{path} names the class {name}; pass trust=(…, {name.split('.')[0]!r}) if you trust it")
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(nn.Module, "net", required=True)
-    try:
-        net = parser.instantiate(parser.parse_object({"net": net_config})).net
-    except (ArgumentError, ValueError, TypeError) as error:
-        raise WeightsError(
-            f"the network described in {path} cannot be built by crbp {crbp.__version__}: {one_line(error)}"
-        ) from error
-    assert isinstance(net, nn.Module)
+    return load_trained(path, trust=trust)[0]
+
+
+def load_trained(path: str | Path, *, trust: Sequence[str] = ("crbp",)) -> tuple[nn.Module, Origin]:
+    """Rebuild a network as `load_net` does, and tell where it came from.
+
+    Args:
+        path: of a `.safetensors` file, or of a `.ckpt` file where `crbp fit` left it: its network is described in the
+            ``config.yaml`` of the run.
+        trust: packages whose classes the configuration may name.
+
+    Raises:
+        WeightsError: as `load_net` does.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise WeightsError(f"{path} does not exist; crbp fit writes best.safetensors and last.safetensors")
+    origin, state = _read_checkpoint(path) if path.suffix == ".ckpt" else _read(path)
+    net = build(nn.Module, origin.net, f"the network described in {path}", trust=trust)
     try:
         net.load_state_dict(state)
     except RuntimeError as error:
         raise WeightsError(
             f"the weights in {path} do not fit the network described beside them: {' '.join(str(error).split())}"
         ) from error
-    return net.eval()
+    return net.eval(), origin
 
 
-def _read(path: Path) -> tuple[Any, dict[str, Tensor]]:
-    if not path.is_file():
-        raise WeightsError(f"{path} does not exist; crbp fit writes best.safetensors and last.safetensors")
+T = TypeVar("T")
+
+
+def build(kind: type[T], config: Mapping[str, Any], what: str, *, trust: Sequence[str] = ("crbp",)) -> T:
+    """Make an object of a class below ``kind`` from ``{"class_path": …, "init_args": …}``.
+
+    Raises:
+        WeightsError: if a class outside the packages of ``trust`` is named, or ``what`` cannot be made.
+    """
+    for name in _class_paths(config):
+        if name.split(".")[0] not in trust:
+            raise WeightsError(f"{what} has the class {name}; pass trust=(…, {name.split('.')[0]!r}) if you trust it")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(kind, "made", required=True)
+    try:
+        made = parser.instantiate(parser.parse_object({"made": config})).made
+    except (ArgumentError, ValueError, TypeError) as error:
+        raise WeightsError(f"{what} cannot be built by crbp {crbp.__version__}: {one_line(error)}") from error
+    assert isinstance(made, kind)
+    return made
+
+
+def _read(path: Path) -> tuple[Origin, dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a mapping
-        config = json.loads(metadata["crbp.net"])
+        net, run = json.loads(metadata["crbp.net"]), json.loads(metadata.get("crbp.run", "{}"))
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise WeightsError(f"{path} cannot be read ({error}); copy or export it again") from error
     except KeyError:
         raise WeightsError(f"{path} does not say which network it is of; save it with crbp.tasks.save_net") from None
-    return config, state
+    return Origin(net=net, run=run, name=metadata.get("crbp.name", "")), state
+
+
+def _read_checkpoint(path: Path) -> tuple[Origin, dict[str, Tensor]]:
+    file = path.absolute().parent.parent / "config.yaml"
+    try:
+        run = yaml.safe_load(file.read_text(encoding="utf-8"))
+        net = run["model"]["init_args"]["net"]
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise WeightsError(
+            f"{path} is to have its run's configuration, with a net, in {file}, which cannot be read "
+            f"({one_line(error)}); give the .safetensors file of the run"
+        ) from error
+    return Origin(net=net, run=run, name=file.parent.parent.name), of_net(read_state(path))
+
+
+def of_net(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a task's network, named as in the network itself."""
+    return {key.removeprefix(_PREFIX): value for key, value in state.items() if key.startswith(_PREFIX)}
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The weights in a checkpoint of Lightning's, nothing else of which is unpickled.
+
+    Raises:
+        WeightsError: if there are none that can be read.
+    """
+    if not path.is_file():
+        raise WeightsError(f"the checkpoint {path} does not exist; crbp fit writes best.ckpt and last.ckpt under runs/")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        weights: dict[str, Tensor] = checkpoint["state_dict"]
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, ValueError, KeyError, TypeError) as error:
+        raise WeightsError(
+            f"the checkpoint {path} cannot be read: it is damaged, or not a .ckpt file that crbp fit wrote"
+        ) from error
+    return weights
 
 
 def _class_paths(config: Any) -> Iterator[str]:
@@ -157,9 +222,8 @@ class SafetensorsExport(pl.Callback):
         if score is not None and better:
             self.best = float(score)
         if trainer.is_global_zero:
-            weights = {key.removeprefix(_PREFIX): value for key, value in state.items() if key.startswith(_PREFIX)}
             for file in ("last", "best") if better else ("last",):
-                save_net(weights, folder / f"{file}.safetensors", self.origin)
+                save_net(of_net(state), folder / f"{file}.safetensors", self.origin)
 
     def state_dict(self) -> dict[str, Any]:
         """The best score so far, so that a resumed run does not replace better weights by worse ones."""

@@ -170,7 +170,8 @@ class PathfinderConfig:
 
         Args:
             name: One of `PRESETS`: `pf6` … `pf25` at the published settings; `mini` (32 × 32, 5 dashes),
-                `mini48` (9 dashes) and `mini64` (14 dashes) drawn at that scale, to train in minutes.
+                `mini48` (9 dashes) and `mini64` (14 dashes) drawn at that scale, to train in minutes; `small5`,
+                `small9` and `small14`, contours of so many dashes in 48 × 48 pixels.
             **overrides: Settings of `PathfinderConfig`.
 
         Raises:
@@ -198,6 +199,11 @@ _MINI: dict[str, Any] = {
 PRESETS: dict[str, dict[str, Any]] = {
     **{f"pf{length}": {"contour_length": length} for length in (6, 9, 14, 20, 25)},
     "mini": {"window": 32, "image_size": 32, "contour_length": 5, "distractor_length": 2, "n_distractors": 4, **_MINI},
+    # Three lengths in one frame: one task, easy to hard.
+    **{
+        f"small{length}": {"window": 48, "image_size": 48, "contour_length": length, "n_distractors": 6, **_MINI}
+        for length in (5, 9, 14)
+    },
     "mini48": {"window": 48, "image_size": 48, "contour_length": 9, "n_distractors": 6, **_MINI},
     "mini64": {"window": 64, "image_size": 64, "contour_length": 14, "n_distractors": 7, **_MINI},
 }

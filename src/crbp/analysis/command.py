@@ -1,0 +1,241 @@
+"""`crbp analyze`: what a trained model does step by step, far beyond the steps it was trained for, as one page."""
+
+from __future__ import annotations
+
+import argparse
+import html
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+import crbp
+from crbp._command import Parser, reserve
+from crbp.analysis import figures
+from crbp.analysis.page import write_page
+from crbp.analysis.states import StateSpace, state_space
+from crbp.analysis.trajectory import Trajectory, arrival_steps, follow
+from crbp.data.pathfinder import PRESETS
+from crbp.errors import CrbpError
+from crbp.models import PathfinderNet
+from crbp.tasks import ContourData, Generated, Origin, load_trained
+from crbp.tasks.weights import build
+
+BATCH = 32
+SHOWN = 6  # images in the figures
+
+
+@dataclass(frozen=True, kw_only=True)
+class Analysis:
+    """What was measured of a model.
+
+    Attributes:
+        trained: N, the steps it was trained for.
+        trajectory: F1 and residual after every step.
+        states: where its states go; None for a single image.
+        radius: spectral radius of the step's Jacobian after the last step, one an image.
+        converged: whether each is to be trusted.
+        probability: of the first images after every step, ``(T, B, H, W)``.
+    """
+
+    trained: int
+    trajectory: Trajectory
+    states: StateSpace
+    radius: Tensor
+    converged: Tensor
+    probability: Tensor
+
+    def numbers(self) -> dict[str, Any]:
+        """All of it that is a number."""
+        n, f1, residual = self.trained, self.trajectory.f1, self.trajectory.residual
+        return {
+            "trained_steps": n,
+            "steps": len(f1),
+            "f1": f1.tolist(),
+            "f1_at_n": float(f1[n - 1]),
+            "f1_at_end": float(f1[-1]),
+            "f1_best": float(f1.max()),
+            "f1_best_at": int(f1.argmax()) + 1,
+            "residual": residual.tolist(),
+            "residual_at_n": float(residual[n - 1]),
+            "residual_at_end": float(residual[-1]),
+            "spectral_radius": self.radius.tolist(),
+            "spectral_radius_converged": float(self.converged.double().mean()),
+            "stable_share": float((self.radius < 1).double().mean()),
+            "moved": self.states.moved.tolist(),
+            "explained": self.states.explained.tolist(),
+            "ks_statistic": self.states.statistic.tolist(),
+            "ks_p_value": self.states.p_value.tolist(),
+        }
+
+
+def analyse(net: PathfinderNet, image: Tensor, mask: Tensor, *, steps: int | None = None, radii: int = 64) -> Analysis:
+    """Run a model beyond the steps it was trained for and measure what it does.
+
+    Args:
+        net: the model, in evaluation mode.
+        image: ``(B, 1, H, W)``, at least two.
+        mask: ``(B, H, W)`` of bool.
+        steps: how far to run; None for four times the steps it was trained for.
+        radii: of how many images the spectral radius is estimated.
+
+    Raises:
+        ValueError: if there are fewer than two images, or ``steps`` is not above the steps trained for.
+    """
+    trained = net.evolve.steps
+    late = 4 * trained if steps is None else steps
+    states = state_space(net, image, trained=trained, steps=late)
+    batches = list(zip(torch.split(image, BATCH), torch.split(mask, BATCH), strict=True))
+    with torch.no_grad():
+        traced = net(image[:SHOWN], steps=late, every_step=True).steps
+        assert traced is not None
+        found = []
+        for each, _ in batches[: -(-radii // BATCH)]:
+            run = net(each, steps=late).run
+            assert run is not None
+            found.append(crbp.spectral_radius(run, per_sample=True, generator=torch.Generator().manual_seed(0)))
+    return Analysis(
+        trained=trained,
+        trajectory=follow(net, batches, steps=late),
+        states=states,
+        radius=torch.cat([each.radius for each in found]),
+        converged=torch.cat([each.converged for each in found]),
+        probability=traced.softmax(dim=2)[:, :, 1],
+    )
+
+
+def main(arguments: list[str]) -> None:
+    """Run the command.
+
+    Raises:
+        CrbpError: if the options are wrong, the checkpoint or its images cannot be had, or it is of no recurrent model.
+    """
+    options = _options(arguments)
+    folder, console = Path(options.out), Console()
+    net, origin = load_trained(options.checkpoint, trust=("crbp", *options.trust))
+    if not isinstance(net, PathfinderNet):
+        raise CrbpError(f"{options.checkpoint} is of a {type(net).__name__}, which has no steps to follow")
+    if options.steps is not None and options.steps <= net.evolve.steps:
+        raise CrbpError(f"--steps must be above the {net.evolve.steps} trained for, not {options.steps}")
+    reserve(folder, [folder / "report.html", folder / "analysis.json"])
+    with console.status("Making the images …"):
+        image, mask, task = _images(options, origin)
+    with console.status("Following the model step by step …"), torch.inference_mode(False):
+        found = analyse(net, image, mask, steps=options.steps)
+    numbers = {"checkpoint": str(options.checkpoint), "images": len(image), "task": task, **found.numbers()}
+    (folder / "analysis.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+    _write(folder / "report.html", options.checkpoint, origin, found, image, mask, task)
+    for name, value in _rows(found):
+        console.print(f"{name:<58}{value}", highlight=False)
+    console.print(f"Open [bold]{folder / 'report.html'}[/] to see it.", soft_wrap=True)
+
+
+def _options(arguments: list[str]) -> argparse.Namespace:
+    parser = Parser(
+        prog="crbp analyze",
+        description="Follow a trained model far beyond the steps it was trained for; write a page of figures.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("checkpoint", type=Path, help="a .safetensors file, or a .ckpt file in the folder of its run")
+    parser.add_argument("--out", default="analysis", metavar="DIR", help="folder of the report (default: analysis)")
+    parser.add_argument("--steps", type=int, metavar="T", help="how far to run it (default: 4 times the steps trained)")
+    parser.add_argument("--images", type=int, default=128, metavar="B", help="of the validation split (default: 128)")
+    parser.add_argument("--preset", choices=sorted(PRESETS), help="task (default: what it was trained on)")
+    parser.add_argument("--seed", type=int, default=0, help="of the images of a preset (default: 0)")
+    parser.add_argument("--trust", nargs="+", default=(), metavar="PACKAGE", help="of the classes the file may name")
+    options = parser.parse_args(arguments)
+    if options.images < 2:
+        raise CrbpError(f"--images must be at least 2, not {options.images}")
+    if options.seed < 0:
+        raise CrbpError(f"--seed must be at least 0, not {options.seed}")
+    return options
+
+
+def _images(options: argparse.Namespace, origin: Origin) -> tuple[Tensor, Tensor, str]:
+    """Images ``(B, 1, H, W)``, masks ``(B, H, W)``, and what task they are of."""
+    seed = options.seed
+    if options.preset is not None:
+        source: Any = Generated(preset=options.preset)
+    elif "data" in origin.run:
+        what = f"the data of {options.checkpoint}"
+        data = build(ContourData, origin.run["data"], what, trust=("crbp", *options.trust))
+        source, seed = data.source, data.seed
+    else:
+        raise CrbpError(f"{options.checkpoint} does not say what it was trained on; choose a task with --preset")
+    samples = [source.items("val", options.images, seed)[i] for i in range(options.images)]
+    image, mask = (torch.stack([each[name] for each in samples]) for name in ("image", "mask"))
+    return image, mask, source.preset if isinstance(source, Generated) else type(source).__name__
+
+
+def _rows(found: Analysis) -> list[tuple[str, str]]:
+    n, last, numbers = found.trained, len(found.trajectory.f1), found.numbers()
+    statistic, p_value = (" and ".join(f"{v:.2g}" for v in numbers[f"ks_{name}"]) for name in ("statistic", "p_value"))
+    return [
+        (f"F1 after the {n} steps trained for", f"{numbers['f1_at_n']:.3f}"),
+        (f"F1 after {last} steps", f"{numbers['f1_at_end']:.3f}"),
+        ("F1 at its best", f"{numbers['f1_best']:.3f}, after {numbers['f1_best_at']} steps"),
+        (f"relative residual after {n} steps", f"{numbers['residual_at_n']:.1e}"),
+        (f"relative residual after {last} steps", f"{numbers['residual_at_end']:.1e}"),
+        (f"images whose spectral radius after {last} steps is below 1", f"{numbers['stable_share']:.0%}"),
+        (f"median distance from step {n} to step {last}, of the state", f"{found.states.moved.median():.2g}"),
+        (f"Kolmogorov-Smirnov statistic of axes 1 and 2, {n} to {last}", f"{statistic} (p = {p_value})"),
+    ]
+
+
+def _write(
+    file: Path, checkpoint: Path, origin: Origin, found: Analysis, image: Tensor, mask: Tensor, task: str
+) -> None:
+    n, last = found.trained, len(found.trajectory.f1)
+    name = origin.name or checkpoint.stem
+    early, late = (
+        torch.stack([arrival_steps(found.probability[:upto, i]) for i in range(found.probability.shape[1])])
+        for upto in (n, last)
+    )
+    trajectory, states = found.trajectory, found.states
+    drawn = {
+        "tracing": (
+            figures.tracing(image[:SHOWN], mask[:SHOWN], {f"{n} steps": early, f"{last} steps": late}, steps=n),
+            "The first images of the validation split. Colour: the step from which on a pixel stays marked; "
+            f"yellow also stands for any step after {n}.",
+        ),
+        "filmstrip": (
+            figures.filmstrip(image[:3], found.probability[:, :3], _spread(n, last)),
+            "What the model believes after some of its steps, from 0 (black) to 1.",
+        ),
+        "f1": (
+            figures.over_steps({name: trajectory.f1}, trained=n, label="F1"),
+            f"F1 over all pixels of {len(image)} images, read out after each step.",
+        ),
+        "residual": (
+            figures.over_steps({name: trajectory.residual}, trained=n, label="relative residual", log=True),
+            "How much the state still moves, ‖h<sub>t</sub> − h<sub>t−1</sub>‖ / ‖h<sub>t</sub>‖, mean over images.",
+        ),
+        "state_space": (
+            figures.state_space(states.coordinates, states.explained, trained=n),
+            f"States of {states.coordinates.shape[1]} images at every step along the two axes on which they vary most.",
+        ),
+        "spectral_radius": (
+            figures.radii({name: found.radius}),
+            f"Spectral radius of the step's Jacobian after {last} steps, by power iteration on each of "
+            f"{len(found.radius)} images; {float(found.converged.double().mean()):.0%} of the estimates converged.",
+        ),
+    }
+    write_page(
+        file,
+        title=f"crbp: {name}",
+        heading=f"{html.escape(name)}, step by step",
+        lead=f"<p>{html.escape(str(checkpoint))}, {len(image)} images of <code>{html.escape(task)}</code>.</p>",
+        table=[("", ""), *_rows(found)],
+        figures=drawn,
+        notes={},
+    )
+
+
+def _spread(n: int, last: int) -> Sequence[int]:
+    """Steps to show: close together at first, when most happens, and the last."""
+    return sorted({step for step in (1, 2, 3, *(round(n * share) for share in (0.4, 0.6, 0.8, 1.0)), last) if step > 0})
