@@ -70,6 +70,7 @@ class Scale:
     # Dashes of the contours that the first images show, and how many those are, one stage after the other.
     lead_in: dict[int, int] = field(default_factory=dict)
     contracting: dict[str, Any] = field(default_factory=dict)  # of the task, where there is a penalty
+    fused: bool = False
 
 
 PAPER = Scale(
@@ -107,7 +108,8 @@ def cell(scale: Scale, kind: str, kernel_size: int, steps: int) -> dict[str, Any
     """A recurrent cell whose gates span the run."""
     settings: dict[str, Any] = {"channels": scale.channels, "kernel_size": kernel_size, "horizon": steps}
     if kind == "hgru":
-        return thing("cells.HGRU", **settings, norm=scale.norm, norm_scale=scale.norm_scale)
+        fused = {"fused": True} if scale.fused else {}
+        return thing("cells.HGRU", **settings, norm=scale.norm, norm_scale=scale.norm_scale, **fused)
     return thing("cells.ConvLSTM", **settings)
 
 
@@ -185,6 +187,7 @@ def small(length: int, steps: int) -> Scale:
         data={**MINI.data, "train_size": SMALL_SIZE[length], "val_size": 256},
         lead_in=SMALL_LEAD_IN[length],
         terms=max(6, steps // 2),
+        fused=True,
         contracting={"penalty_ramp": 0.8, "step_jitter": 2 * steps},
     )
 
