@@ -13,6 +13,7 @@ import argparse
 import csv
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -20,7 +21,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 ROOT = Path(__file__).parents[1]
@@ -64,24 +64,28 @@ def train(name: str, seed: int, out: Path) -> None:
     if (last := run / "checkpoints" / "last.ckpt").exists():
         arguments += ["--ckpt_path", last]
     start = time.perf_counter()
-    if not crbp(*arguments, log=run / "log.txt"):
+    done = crbp(*arguments, log=run / "log.txt")
+    with (run / "times.txt").open("a") as file:  # one line for every leg of an interrupted run
+        file.write(f"{time.perf_counter() - start:.1f}\n")
+    if not (done and analyse(name, run)):
         print(f"{label(name, seed)} failed; see {run / 'log.txt'}", flush=True)
         return
-    (run / "seconds.json").write_text(json.dumps({"seconds": round(time.perf_counter() - start, 1)}))
-    analyse(name, run)
-    print(f"{label(name, seed)} done in {time.perf_counter() - start:.0f} s", flush=True)
+    seconds = sum(map(float, (run / "times.txt").read_text().split()))
+    (run / "seconds.json").write_text(json.dumps({"seconds": round(seconds, 1)}))
+    print(f"{label(name, seed)} done in {seconds:.0f} s", flush=True)
 
 
-def analyse(name: str, run: Path) -> None:
-    """Analyse one run, and on the other tasks of its family the same."""
-    weights = run / "weights" / "last.safetensors"
+def analyse(name: str, run: Path) -> bool:
+    """Analyse one run, and on the other tasks of its family the same; whether that succeeded."""
     if "feedforward" in name:
-        return
-    crbp("analyze", weights, "--out", run / "analysis", "--images", "256", log=run / "log.txt")
+        return True
+    weights, settings = run / "weights" / "last.safetensors", ["--images", "256"]
+    done = [crbp("analyze", weights, "--out", run / "analysis", *settings, log=run / "log.txt")]
     for task in TASKS:
-        if task not in name:
-            arguments = ["--preset", task, "--images", "256", "--out", run / f"analysis_{task}"]
-            crbp("analyze", weights, *arguments, log=run / "log.txt")
+        if name.split("_")[0] in TASKS and task != name.split("_")[0]:
+            out = run / f"analysis_{task}"
+            done.append(crbp("analyze", weights, "--preset", task, "--out", out, *settings, log=run / "log.txt"))
+    return all(done)
 
 
 def label(name: str, seed: int) -> str:
@@ -110,8 +114,7 @@ def collect(run: Path) -> dict[str, Any] | None:
         **json.loads((run / "seconds.json").read_text()),
     }
     if "feedforward" in name:
-        points = curve(run, "val/f1")
-        return {**line, "f1_at_n": points[-1][1], "f1_best": points[-1][1]}
+        return {**line, "f1_at_n": curve(run, "val/f1")[-1][1]}
     found = json.loads((run / "analysis" / "analysis.json").read_text())
     line |= {
         "f1_at_n": found["f1_at_n"],
@@ -121,9 +124,10 @@ def collect(run: Path) -> dict[str, Any] | None:
         "residual_at_4n": found["residual_at_end"],
         "stable_share": found["stable_share"],
         "ks_statistic": max(found["ks_statistic"]),
-        "moved": float(torch.tensor(found["moved"]).median()),
-        f"best_on_{task}": found["f1_best"],
+        "moved": statistics.median(found["moved"]),
     }
+    if task in TASKS:
+        line[f"best_on_{task}"] = found["f1_best"]
     for other in TASKS:
         if (file := run / f"analysis_{other}" / "analysis.json").exists():
             line[f"best_on_{other}"] = json.loads(file.read_text())["f1_best"]
@@ -176,7 +180,8 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="rows at a time, each on one core")
     options = parser.parse_args()
     runs = options.runs.resolve()
-    wanted = [(name, seed) for seed in options.seeds for pattern in options.patterns for name in rows(pattern)]
+    names = dict.fromkeys(name for pattern in options.patterns for name in rows(pattern))
+    wanted = [(name, seed) for seed in options.seeds for name in names]
     if options.action == "collect":
         folders = [runs / label(name, seed) / "version_0" for name, seed in wanted]
         write([folder for folder in folders if (folder / "config.yaml").exists()], options.out)

@@ -13,6 +13,7 @@ from torch import Tensor
 from crbp._checks import count, non_negative
 from crbp._tree import Leaves, flatten_state, leaf_step, relative_residual
 from crbp.evolve import Run
+from crbp.ops import repeated_products
 
 
 def residual_curve(step: Callable[[Any], Any], state: Any, *, steps: int) -> Tensor:
@@ -58,6 +59,7 @@ class SpectralRadius:
     iterations: int
 
 
+@repeated_products()
 def spectral_radius(
     run: Run,
     *,

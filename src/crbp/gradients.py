@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from crbp._checks import choice, count
 from crbp._tree import LeafStep, Leaves, detach, ravel, relative_residual, separate, vector_jacobian
 from crbp.errors import DivergenceError, DivergenceWarning
-from crbp.ops import shared_spectra
+from crbp.ops import repeated_products, shared_spectra
 from crbp.solvers import Neumann, Solution, Solver, StopReason
 
 Policy = Literal["raise", "warn", "fallback"]
@@ -342,7 +342,7 @@ class _ImplicitGradient(torch.autograd.Function):
                 "use crbp.BPTT or crbp.TruncatedBPTT where second derivatives are needed"
             )
         saved = ctx.saved_tensors
-        with torch.enable_grad():
+        with torch.enable_grad(), repeated_products():
             solution, report = ctx.method.backward(saved[: ctx.leaves], saved[ctx.leaves :], gradient)
         ctx.record(report)
         return None, None, None, *solution, *(None for _ in solution)

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import crbp
 from crbp.analysis import state_space
+from crbp.analysis.command import analyse
 from crbp.models import PathfinderNet
 
 
@@ -63,6 +66,11 @@ def test_what_stands_still_has_not_moved_and_what_runs_off_has() -> None:
     assert float(away.p_value.min()) < 0.05
 
 
+def test_a_state_that_is_not_finite_is_named() -> None:
+    with pytest.raises(FloatingPointError, match="after step 2"):
+        state_space(spiral(1e30), IMAGES, trained=1, steps=4)
+
+
 @pytest.mark.parametrize(
     ("images", "trained", "steps", "message"),
     [(1, 4, 16, "at least 2 images"), (5, 4, 4, "above the 4"), (5, 0, 4, "trained")],
@@ -75,3 +83,18 @@ def test_too_little_is_refused(images: int, trained: int, steps: int, message: s
 def test_states_too_large_to_keep_are_of_fewer_images(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("crbp.analysis.states.BUDGET", 3 * 16 * 64 * 4)
     assert state_space(spiral(0.9), IMAGES, trained=4, steps=16).coordinates.shape == (16, 3, 2)
+
+
+@pytest.mark.filterwarnings("ignore::crbp.DivergenceWarning")
+def test_a_model_that_runs_off_is_analysed_all_the_same() -> None:
+    net = spiral(1e30)
+    found = analyse(net, IMAGES, torch.rand(5, 8, 8) > 0.5)
+    assert found.states is None
+    assert len(found.radius) == 0
+    assert json.loads(json.dumps(found.numbers(), allow_nan=False))["residual_at_end"] is None
+
+
+def test_a_tolerance_does_not_end_an_analysis_early() -> None:
+    net = spiral(0.5)
+    net.evolve = crbp.Evolve(steps=4, tolerance=10.0)
+    assert len(analyse(net, IMAGES, torch.rand(5, 8, 8) > 0.5).probability) == 16

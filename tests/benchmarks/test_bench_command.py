@@ -78,10 +78,11 @@ def test_solvers_close_in_on_the_gradient(numbers):
 @pytest.mark.slow
 def test_the_other_parts(tmp_path):
     out = tmp_path / "bench"
-    others = ["kernels", "time_to_f1", "scaling", "roofline"]
+    others = ["kernels", "time_to_f1", "precision", "scaling", "roofline"]
     assert main(["bench", "--quick", "--threads", "1", "--out", str(out), "--only", *others]) == 0
     parts = json.loads((out / "bench.json").read_text())["parts"]
     assert [row["kernel_size"] for row in parts["kernels"]["rows"]] == [3, 5, 9]
+    assert all(1e-4 < row["gradient_error_overall"] < 0.2 for row in parts["precision"]["rows"])
     assert all(row["gradient_difference"] < 1e-2 for row in parts["kernels"]["rows"])
     race = parts["time_to_f1"]
     assert race["speedup_per_image"] > 0

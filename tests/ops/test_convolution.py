@@ -171,6 +171,10 @@ def test_the_choice_follows_kernel_dtype_and_surroundings() -> None:
     [
         (torch.randn(1, 2, 8, 8), torch.randn(2, 2, 4, 4), {}, "odd sides"),
         (torch.randn(1, 2, 8, 8), torch.randn(2, 2, 3, 3), {"method": "winograd"}, "winograd"),
+        (torch.randn(1, 2, 8, 8), torch.randn(2, 2, 3, 3).double(), {"method": "fft"}, "one dtype and device"),
+        (torch.randn(1, 2, 8, 8), torch.randn(2, 2, 3, 3, device="meta"), {"method": "fft"}, "one dtype and device"),
+        (torch.randn(1, 2, 8, 8), torch.randn(2, 3, 3, 3), {"method": "fft"}, "images of 2 channels"),
+        (torch.randn(1, 2, 8, 8), torch.randn(0, 2, 3, 3), {"method": "fft"}, "cannot take images"),
         (torch.randn(1, 2, 8, 8).bfloat16(), torch.randn(2, 2, 3, 3).bfloat16(), {"method": "fft"}, "bfloat16"),
     ],
 )

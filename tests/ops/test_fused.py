@@ -70,7 +70,7 @@ def test_a_third_derivative_is_refused(smooth: ops.Fused) -> None:
         torch.autograd.grad(first.sum(), x, create_graph=True)
 
 
-def test_a_graph_used_again_keeps_what_is_linear(smooth: ops.Fused) -> None:
+def test_products_taken_again_keep_what_is_linear(smooth: ops.Fused) -> None:
     torch.manual_seed(0)
     x, y = (torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
     calls: list[str] = []
@@ -79,14 +79,63 @@ def test_a_graph_used_again_keeps_what_is_linear(smooth: ops.Fused) -> None:
         setattr(smooth, name, lambda *a, name=name, original=original: calls.append(name) or original(*a))
     try:
         result = smooth(x * 1, y * 1)
-        for _ in range(4):
-            gradient = torch.randn_like(x)
-            found = torch.autograd.grad(result, (x, y), gradient, retain_graph=True)
-            wanted = torch.autograd.grad(curve(x, y), (x, y), gradient)
-            torch.testing.assert_close(found, wanted)
+        with ops.repeated_products():
+            for _ in range(4):
+                gradient = torch.randn_like(x)
+                found = torch.autograd.grad(result, (x, y), gradient, retain_graph=True)
+                wanted = torch.autograd.grad(curve(x, y), (x, y), gradient)
+                torch.testing.assert_close(found, wanted)
+        assert module._repeated.maps is None
+        torch.autograd.grad(result, (x, y), gradient)
     finally:
         del smooth.pullback, smooth.linearised  # type: ignore[method-assign]
-    assert calls == ["pullback", "linearised"]
+    assert calls == ["linearised", "pullback"]
+
+
+def written(x: Tensor, y: Tensor) -> Tensor:
+    z = x + y
+    z.view(-1).mul_(2)
+    return torch.exp(z)
+
+
+@pytest.mark.parametrize(
+    ("function", "shape"),
+    [
+        (lambda x, y: x * y.sum(), (4,)),
+        (lambda x, y: x * y.sum(), (1,)),
+        (lambda x, y: x * y.sum(), (8,)),
+        (lambda x, y: torch.sin(x) * torch.tensor([2.0, 3.0, 4.0, 5.0]) * y, (4,)),
+        (lambda x, y: torch.sin(x) * y.detach() + y, (4,)),
+        (lambda x, y: torch.sin(x) * y.detach(), (4,)),
+        (written, (4,)),
+    ],
+)
+def test_every_kind_of_function_keeps_its_gradient(
+    monkeypatch: pytest.MonkeyPatch, function: Any, shape: tuple[int, ...]
+) -> None:
+    monkeypatch.setattr(module, "_compiled", lambda graph, tensors: graph)
+    fused = _shared.setdefault(function.__code__.co_code, ops.Fused(function))
+    torch.manual_seed(0)
+    x, y = torch.randn(4, requires_grad=True), torch.randn(shape, requires_grad=True)
+    result = fused(x * 1, y * 1)
+    with ops.repeated_products():
+        for asked in ((x, y), (y,), (x, y), (y,)):
+            gradient = torch.randn(4)
+            found = torch.autograd.grad(result, asked, gradient, retain_graph=True)
+            value = function(x * 1, y * 1)
+            wanted = torch.autograd.grad(value, asked, gradient, allow_unused=True, materialize_grads=True)
+            torch.testing.assert_close(found, wanted)
+
+
+_shared: dict[bytes, ops.Fused] = {}  # one function meets several shapes
+
+
+def test_autocast_at_the_first_call_does_not_last() -> None:
+    fused = ops.Fused(lambda x, y: torch.tanh(x @ y))
+    x, y = torch.randn(3, 3), torch.randn(3, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert fused(x, y).dtype == torch.float32
+    torch.testing.assert_close(fused(x, y), torch.tanh(x @ y))
 
 
 def test_more_sizes_than_are_compiled_run_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:

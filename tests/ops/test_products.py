@@ -9,7 +9,7 @@ from torch import Tensor
 from crbp import ops
 from crbp.ops import products as module
 
-NATIVE = module._native()
+NATIVE = module._found()
 needs_compiler = pytest.mark.skipif(NATIVE is None, reason="there is no C++ compiler here")
 # Frequencies that fill no vector, one image and several, channels that fill no tile, every radix of the transform.
 SIZES = [(1, 1, 1, 3, 4, 5), (2, 5, 3, 7, 10, 17), (3, 4, 9, 9, 12, 16), (5, 7, 6, 20, 30, 33), (2, 2, 2, 60, 64, 40)]
@@ -71,16 +71,16 @@ def test_matrix_products_are_the_sums_they_stand_for() -> None:
 @pytest.fixture
 def no_library_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(module, "_native", module._native.__wrapped__)
+    monkeypatch.setattr(module, "_found", module._found.__wrapped__)
     return tmp_path / "crbp"
 
 
 @needs_compiler
 def test_the_library_is_compiled_once(no_library_yet: Path) -> None:
-    assert isinstance(module._native(), module.NativeProducts)
+    assert module._found() is not None
     (library,) = no_library_yet.iterdir()
     written = library.stat().st_mtime_ns
-    module._native()
+    module._found()
     assert [library] == list(no_library_yet.iterdir())
     assert library.stat().st_mtime_ns == written
 
@@ -103,3 +103,38 @@ def test_many_channels_are_left_to_a_library() -> None:
     torch.testing.assert_close(
         ops.conv2d(image, weight, method="fft"), ops.conv2d(image, weight, method="direct"), rtol=1e-4, atol=1e-3
     )
+
+
+@needs_compiler
+def test_other_kinds_of_tensors_meet_an_operator() -> None:
+    weight = torch.nn.Parameter(torch.randn(3, 3, 5, 5))
+    image = torch.randn(2, 3, 16, 16)
+    wanted = ops.conv2d(image, weight, method="fft")
+    graph = torch.fx.experimental.proxy_tensor.make_fx(lambda x: ops.conv2d(x, weight, method="fft"))(image)
+    torch.testing.assert_close(graph(2 * image), 2 * wanted, rtol=1e-4, atol=1e-5)
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert ops.conv2d(mode.from_tensor(image), mode.from_tensor(weight), method="fft").shape == wanted.shape
+    packed = module.products(native=True).pack(torch.randn(2, 2, 6, 9, dtype=torch.complex64))
+    torch.library.opcheck(module._unpack, (packed, 6, 9))
+    torch.library.opcheck(module._apply, (torch.randn(3, 2, 5, 9, dtype=torch.complex64), packed, 6, True))
+
+
+@needs_compiler
+def test_a_spectrum_that_lies_askew_is_moved() -> None:
+    image, _, spectrum = case((2, 3, 3, 5, 8, 9), torch.complex64)
+    products = module.products(native=True)
+    packed = products.pack(spectrum)
+    memory = torch.empty(packed.numel() + 16)
+    askew = memory[4 - memory.data_ptr() % 64 // 4 :][: packed.numel()].view(packed.shape).copy_(packed)
+    assert askew.data_ptr() % 64 == 16
+    torch.testing.assert_close(products.correlate(image, askew, 8), products.correlate(image, packed, 8))
+
+
+def test_without_a_home_the_library_is_for_this_process(
+    no_library_yet: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    folder = module._cache()
+    assert folder.is_dir()
+    assert tmp_path not in folder.parents

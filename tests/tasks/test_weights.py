@@ -80,6 +80,7 @@ def write_text(path: Path) -> None:
             lambda path: save_net(tiny_net().state_dict(), path, changed(cell=named("elsewhere.Cell"))),
             r"pass trust=\(…, 'elsewhere'\)",
         ),
+        (lambda path: save_net({}, path, changed(cell="torch.nn.Identity")), r"pass trust=\(…, 'torch'\)"),
         (lambda path: save_net({}, path, changed(evolve={"steps": 0})), "steps must be a whole number"),
     ],
 )

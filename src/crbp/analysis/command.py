@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import html
 import json
+import math
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +23,12 @@ from crbp.analysis import figures
 from crbp.analysis.page import write_page
 from crbp.analysis.states import StateSpace, state_space
 from crbp.analysis.trajectory import Trajectory, arrival_steps, follow
-from crbp.data.pathfinder import PRESETS
+from crbp.cells import HGRU
+from crbp.data.pathfinder import PRESETS, DataError, GenerationError
 from crbp.errors import CrbpError
 from crbp.models import PathfinderNet
 from crbp.tasks import ContourData, Generated, Origin, load_trained
+from crbp.tasks.sampling import together
 from crbp.tasks.weights import build
 
 BATCH = 32
@@ -37,15 +42,15 @@ class Analysis:
     Attributes:
         trained: N, the steps it was trained for.
         trajectory: F1 and residual after every step.
-        states: where its states go; None for a single image.
-        radius: spectral radius of the step's Jacobian after the last step, one an image.
+        states: where its states go; None where they do not stay finite.
+        radius: spectral radius of the step's Jacobian after the last step, one an image; none where that is not finite.
         converged: whether each is to be trusted.
         probability: of the first images after every step, ``(T, B, H, W)``.
     """
 
     trained: int
     trajectory: Trajectory
-    states: StateSpace
+    states: StateSpace | None
     radius: Tensor
     converged: Tensor
     probability: Tensor
@@ -53,7 +58,8 @@ class Analysis:
     def numbers(self) -> dict[str, Any]:
         """All of it that is a number."""
         n, f1, residual = self.trained, self.trajectory.f1, self.trajectory.residual
-        return {
+        states = self.states
+        found: dict[str, Any] = {
             "trained_steps": n,
             "steps": len(f1),
             "f1": f1.tolist(),
@@ -61,17 +67,19 @@ class Analysis:
             "f1_at_end": float(f1[-1]),
             "f1_best": float(f1.max()),
             "f1_best_at": int(f1.argmax()) + 1,
-            "residual": residual.tolist(),
+            # JSON has no word for what is not finite.
+            "residual": [value if math.isfinite(value) else None for value in residual.tolist()],
             "residual_at_n": float(residual[n - 1]),
             "residual_at_end": float(residual[-1]),
             "spectral_radius": self.radius.tolist(),
             "spectral_radius_converged": float(self.converged.double().mean()),
             "stable_share": float((self.radius < 1).double().mean()),
-            "moved": self.states.moved.tolist(),
-            "explained": self.states.explained.tolist(),
-            "ks_statistic": self.states.statistic.tolist(),
-            "ks_p_value": self.states.p_value.tolist(),
+            "moved": states.moved.tolist() if states else None,
+            "explained": states.explained.tolist() if states else None,
+            "ks_statistic": states.statistic.tolist() if states else None,
+            "ks_p_value": states.p_value.tolist() if states else None,
         }
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in found.items()}
 
 
 def analyse(net: PathfinderNet, image: Tensor, mask: Tensor, *, steps: int | None = None, radii: int = 64) -> Analysis:
@@ -89,22 +97,34 @@ def analyse(net: PathfinderNet, image: Tensor, mask: Tensor, *, steps: int | Non
     """
     trained = net.evolve.steps
     late = 4 * trained if steps is None else steps
-    states = state_space(net, image, trained=trained, steps=late)
     batches = list(zip(torch.split(image, BATCH), torch.split(mask, BATCH), strict=True))
-    with torch.no_grad():
+    net = copy.deepcopy(net)
+    net.evolve = replace(net.evolve, tolerance=None, on_divergence="warn")
+    for module in net.modules():
+        if isinstance(module, HGRU):
+            module.fused = False  # it would be compiled for every size of batch here
+    try:
+        states = state_space(net, image, trained=trained, steps=late)
+    except FloatingPointError:
+        states = None
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", crbp.DivergenceWarning)  # told by the numbers
         traced = net(image[:SHOWN], steps=late, every_step=True).steps
         assert traced is not None
-        found = []
+        radius, converged = [torch.empty(0)], [torch.empty(0, dtype=torch.bool)]
         for each, _ in batches[: -(-radii // BATCH)]:
             run = net(each, steps=late).run
             assert run is not None
-            found.append(crbp.spectral_radius(run, per_sample=True, generator=torch.Generator().manual_seed(0)))
+            if math.isfinite(run.report.residual):
+                found = crbp.spectral_radius(run, per_sample=True, generator=torch.Generator().manual_seed(0))
+                radius.append(found.radius)
+                converged.append(found.converged)
     return Analysis(
         trained=trained,
         trajectory=follow(net, batches, steps=late),
         states=states,
-        radius=torch.cat([each.radius for each in found]),
-        converged=torch.cat([each.converged for each in found]),
+        radius=torch.cat(radius),
+        converged=torch.cat(converged),
         probability=traced.softmax(dim=2)[:, :, 1],
     )
 
@@ -128,7 +148,7 @@ def main(arguments: list[str]) -> None:
     with console.status("Following the model step by step …"), torch.inference_mode(False):
         found = analyse(net, image, mask, steps=options.steps)
     numbers = {"checkpoint": str(options.checkpoint), "images": len(image), "task": task, **found.numbers()}
-    (folder / "analysis.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+    (folder / "analysis.json").write_text(json.dumps(numbers, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     _write(folder / "report.html", options.checkpoint, origin, found, image, mask, task)
     for name, value in _rows(found):
         console.print(f"{name:<58}{value}", highlight=False)
@@ -167,21 +187,34 @@ def _images(options: argparse.Namespace, origin: Origin) -> tuple[Tensor, Tensor
         source, seed = data.source, data.seed
     else:
         raise CrbpError(f"{options.checkpoint} does not say what it was trained on; choose a task with --preset")
-    samples = [source.items("val", options.images, seed)[i] for i in range(options.images)]
+    try:
+        samples = together(source.items("val", options.images, seed), range(options.images))
+    except (DataError, GenerationError) as error:
+        raise CrbpError(f"{error}; --images says how many, --preset of which task") from error
     image, mask = (torch.stack([each[name] for each in samples]) for name in ("image", "mask"))
     return image, mask, source.preset if isinstance(source, Generated) else type(source).__name__
 
 
 def _rows(found: Analysis) -> list[tuple[str, str]]:
     n, last, numbers = found.trained, len(found.trajectory.f1), found.numbers()
-    statistic, p_value = (" and ".join(f"{v:.2g}" for v in numbers[f"ks_{name}"]) for name in ("statistic", "p_value"))
-    return [
+    rows = [
         (f"F1 after the {n} steps trained for", f"{numbers['f1_at_n']:.3f}"),
         (f"F1 after {last} steps", f"{numbers['f1_at_end']:.3f}"),
         ("F1 at its best", f"{numbers['f1_best']:.3f}, after {numbers['f1_best_at']} steps"),
-        (f"relative residual after {n} steps", f"{numbers['residual_at_n']:.1e}"),
-        (f"relative residual after {last} steps", f"{numbers['residual_at_end']:.1e}"),
-        (f"images whose spectral radius after {last} steps is below 1", f"{numbers['stable_share']:.0%}"),
+        (f"relative residual after {n} steps", f"{found.trajectory.residual[n - 1]:.1e}"),
+        (f"relative residual after {last} steps", f"{found.trajectory.residual[-1]:.1e}"),
+    ]
+    if len(found.radius):
+        share = f"{numbers['stable_share']:.0%}"
+        rows.append((f"images whose spectral radius after {last} steps is below 1", share))
+    if found.states is None:
+        return [*rows, ("states", "not finite")]
+    statistic, p_value = (
+        " and ".join(f"{value:.2g}" for value in tensor.tolist())
+        for tensor in (found.states.statistic, found.states.p_value)
+    )
+    return [
+        *rows,
         (f"median distance from step {n} to step {last}, of the state", f"{found.states.moved.median():.2g}"),
         (f"Kolmogorov-Smirnov statistic of axes 1 and 2, {n} to {last}", f"{statistic} (p = {p_value})"),
     ]
@@ -215,16 +248,18 @@ def _write(
             figures.over_steps({name: trajectory.residual}, trained=n, label="relative residual", log=True),
             "How much the state still moves, ‖h<sub>t</sub> − h<sub>t−1</sub>‖ / ‖h<sub>t</sub>‖, mean over images.",
         ),
-        "state_space": (
+    }
+    if states is not None:
+        drawn["state_space"] = (
             figures.state_space(states.coordinates, states.explained, trained=n),
             f"States of {states.coordinates.shape[1]} images at every step along the two axes on which they vary most.",
-        ),
-        "spectral_radius": (
+        )
+    if len(found.radius):
+        drawn["spectral_radius"] = (
             figures.radii({name: found.radius}),
             f"Spectral radius of the step's Jacobian after {last} steps, by power iteration on each of "
             f"{len(found.radius)} images; {float(found.converged.double().mean()):.0%} of the estimates converged.",
-        ),
-    }
+        )
     write_page(
         file,
         title=f"crbp: {name}",
@@ -238,4 +273,6 @@ def _write(
 
 def _spread(n: int, last: int) -> Sequence[int]:
     """Steps to show: close together at first, when most happens, and the last."""
-    return sorted({step for step in (1, 2, 3, *(round(n * share) for share in (0.4, 0.6, 0.8, 1.0)), last) if step > 0})
+    return sorted(
+        {step for step in (1, 2, 3, *(round(n * share) for share in (0.4, 0.6, 0.8, 1.0)), last) if 0 < step <= last}
+    )

@@ -125,7 +125,7 @@ def state_space(coordinates: Tensor, explained: Tensor, *, trained: int) -> Figu
         axes.set_title(title, fontsize=9)
         axes.set_xlabel(f"axis 1 ({explained[0]:.0%} of the variance)")
     panels[0].set_ylabel(f"axis 2 ({explained[1]:.0%})")
-    panels[0].legend(frameon=False, fontsize=8)
+    panels[0].legend(frameon=False, fontsize=8, loc="upper right")
     if shown is not None:
         figure.colorbar(shown, ax=panels, label="share of the states", fraction=0.03)
     return figure

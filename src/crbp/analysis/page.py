@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -38,8 +39,9 @@ def write_page(
         picture = file.with_name(f"{name}.png")
         figure.savefig(picture, dpi=DPI)
         source = base64.b64encode(picture.read_bytes()).decode()
+        text = html.escape(re.sub("<[^>]*>", "", caption))
         shown.append(
-            f'<figure id="{name}"><img alt="{html.escape(caption)}" src="data:image/png;base64,{source}">'
+            f'<figure id="{name}"><img alt="{text}" src="data:image/png;base64,{source}">'
             f"<figcaption>{caption}</figcaption></figure>"
         )
     page = _TEMPLATE.format(
@@ -55,7 +57,7 @@ def write_page(
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
     head, *body = rows
-    lines = ["<tr><td>" + "".join(f"<th>{cell}" for cell in head[1:])]
+    lines = ["<tr><td>" + "".join(f"<th>{cell}" for cell in head[1:])] if any(head) else []
     lines += [f"<tr><th>{row[0]}" + "".join(f"<td>{cell}" for cell in row[1:]) for row in body]
     return "<table>" + "\n".join(lines) + "</table>"
 

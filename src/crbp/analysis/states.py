@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from scipy import stats
+from scipy.sparse.linalg import svds
 from torch import Tensor
 
 from crbp._checks import count
@@ -41,9 +43,8 @@ class StateSpace:
 def state_space(net: PathfinderNet, image: Tensor, *, trained: int, steps: int) -> StateSpace:
     """Run a model for ``steps`` steps and find the principal axes of its states.
 
-    The axes are those of the covariance of all states at all steps, each image and step one sample. They come from
-    the ``(T B, T B)`` matrix of inner products, so that a state may have any size. Where the states of all images do
-    not fit into a gibibyte, the first ones that do are taken, at least two.
+    The axes are those of the covariance of all states at all steps, each image and step one sample. Where the states
+    of all images do not fit into a gibibyte, the first ones that do are taken, at least two.
 
     Args:
         net: a recurrent model; it is run as it stands.
@@ -53,21 +54,22 @@ def state_space(net: PathfinderNet, image: Tensor, *, trained: int, steps: int) 
 
     Raises:
         ValueError: if there are fewer than two images, or ``steps`` is not above ``trained``.
+        FloatingPointError: if a state is not finite.
     """
     count("trained", trained)
     if steps <= trained:
         raise ValueError(f"steps must be above the {trained} trained for, not {steps}")
     if len(image) < 2:
         raise ValueError(f"at least 2 images are needed, not {len(image)}")
-    state = net.cell.initial_state(net.drive(image[:1]))
-    each = sum(leaf.numel() * leaf.element_size() for leaf in flatten_state(state)[0])
-    image = image[: max(2, BUDGET // (each * steps))]
+    elements = sum(leaf.numel() for leaf in flatten_state(net.cell.initial_state(net.drive(image[:1])))[0])
+    image = image[: max(2, BUDGET // (4 * elements * steps))]
     drive = net.drive(image)
-    state, found = net.cell.initial_state(drive), []
-    for _ in range(steps):
+    state, states = net.cell.initial_state(drive), torch.empty(steps, len(image), elements)
+    for t in range(steps):
         state = net.cell(state, drive)
-        found.append(torch.cat([leaf.flatten(1).float() for leaf in flatten_state(state)[0]], dim=1))
-    states = torch.stack(found)
+        states[t] = torch.cat([leaf.flatten(1).float() for leaf in flatten_state(state)[0]], dim=1)
+        if not bool(states[t].isfinite().all()):
+            raise FloatingPointError(f"the state is not finite after step {t + 1}")
     before, after = states[trained - 1], states[-1]
     moved = (after - before).norm(dim=1) / before.norm(dim=1).clamp_min(torch.finfo(before.dtype).tiny)
     coordinates, explained = _principal_axes(states)
@@ -78,20 +80,26 @@ def state_space(net: PathfinderNet, image: Tensor, *, trained: int, steps: int) 
         coordinates=coordinates,
         explained=explained,
         trained=trained,
-        moved=moved.cpu(),
+        moved=moved,
         statistic=torch.tensor([float(test.statistic) for test in tests]),
         p_value=torch.tensor([float(test.pvalue) for test in tests]),
     )
 
 
 def _principal_axes(states: Tensor) -> tuple[Tensor, Tensor]:
-    """Coordinates of ``(T, B, D)`` along the first two axes, ``(T, B, 2)``, and their shares of the variance."""
+    """Coordinates of ``(T, B, D)`` along the first two axes, ``(T, B, 2)``, and their shares of the variance.
+
+    The states are centred in place.
+    """
     samples = states.flatten(0, 1)
-    samples = samples - samples.mean(dim=0)
-    values, vectors = torch.linalg.eigh((samples @ samples.mT).double().cpu())
-    values = values.flip(0).clamp_min(0.0)
-    coordinates = vectors.flip(1)[:, :2] * values[:2].sqrt()
-    # An eigenvector's sign is arbitrary: the largest coordinate is to be positive, on every machine.
+    samples -= samples.mean(dim=0)
+    total = float(samples.square().sum())
+    if total == 0:
+        return torch.zeros(*states.shape[:2], 2), torch.zeros(2)
+    start = np.random.default_rng(0).standard_normal(min(samples.shape)).astype(np.float32)
+    left, sizes, _ = svds(samples.numpy(), k=2, v0=start)
+    coordinates = torch.from_numpy(left[:, ::-1] * sizes[::-1])
+    # The sign of an axis is arbitrary: its largest coordinate is to be positive, on every machine.
     largest = coordinates.gather(0, coordinates.abs().argmax(dim=0, keepdim=True))
     coordinates = coordinates * largest.sign()
-    return coordinates.view(*states.shape[:2], 2).float(), (values[:2] / values.sum().clamp_min(1e-300)).float()
+    return coordinates.view(*states.shape[:2], 2), torch.from_numpy(sizes[::-1].copy()).square() / total

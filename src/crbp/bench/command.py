@@ -31,6 +31,7 @@ PARTS: dict[str, Part] = {
     "memory": memory.memory,
     "time_to_f1": convergence.time_to_f1,
     "solvers": convergence.solvers,
+    "precision": speed.precision,
     "scaling": speed.scaling,
     "roofline": speed.roofline,
 }

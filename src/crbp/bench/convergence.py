@@ -12,7 +12,16 @@ import torch
 from torch import Tensor, nn
 
 import crbp
-from crbp.bench.measure import Gradients, Numbers, make_cell, relative, textbook, timed, training_step
+from crbp.bench.measure import (
+    Gradients,
+    Numbers,
+    forget_compiled,
+    make_cell,
+    relative,
+    textbook,
+    timed,
+    training_step,
+)
 from crbp.errors import CrbpError
 from crbp.losses import focal_loss
 from crbp.models import PathfinderNet
@@ -107,7 +116,7 @@ def time_to_f1(*, quick: bool) -> Numbers:
 
 
 def _runners(recipe: Recipe, *, fused: bool) -> dict[str, _Runner]:
-    torch.compiler.reset()
+    forget_compiled()
     torch.manual_seed(0)
     net = _net(recipe, fused=fused)
     other: Any = textbook().TextbookNet(recipe.channels, recipe.kernel_size)

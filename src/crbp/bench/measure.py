@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 import crbp
+from crbp.cells import hgru
 from crbp.errors import CrbpError
 from crbp.gradients import GradientMethod
 from crbp.losses import focal_loss
@@ -93,6 +94,11 @@ def make_cell(channels: int, kernel_size: int, *, fused: bool, horizon: int = 20
     return crbp.cells.HGRU(channels, kernel_size, horizon=horizon, fused=fused)
 
 
+def forget_compiled() -> None:
+    """Let the stages of cells compile anew: Inductor's cache on disk remains."""
+    hgru.stages.cache_clear()
+
+
 def rbp(terms: int) -> crbp.RBP:
     """RBP that takes every term whatever becomes of the series, as the textbook does."""
     return crbp.RBP(crbp.Neumann(terms=terms), max_residual=float("inf"))
@@ -124,7 +130,7 @@ class Pair:
     def of(cls, size: Size) -> Pair:
         """Both codes at one size; what was compiled for another is forgotten, so that compiling counts in full."""
         if size.fused:
-            torch.compiler.reset()
+            forget_compiled()
         torch.manual_seed(0)
         net, other = size.net(), textbook().TextbookNet(size.channels, size.kernel_size)
         other.load_state_dict(net.state_dict())
@@ -154,13 +160,14 @@ class Pair:
             "first_seconds": {"crbp": first, "textbook": other_first},
             "compile_seconds": max(first - usual, 0.0),
             "loss_difference": abs(float(ours[0] - theirs[0])) / abs(float(theirs[0])),
-            "gradient_difference_overall": relative(_flat(ours[1], theirs[1]), _flat(theirs[1], theirs[1])),
+            "gradient_difference_overall": relative(flat(ours[1], theirs[1]), flat(theirs[1], theirs[1])),
             "gradient_difference": max(differences.values()),
             "gradient_difference_at": max(differences, key=lambda name: differences[name]),
         }
 
 
-def _flat(gradients: Gradients, order: Gradients) -> Tensor:
+def flat(gradients: Gradients, order: Gradients) -> Tensor:
+    """All gradients as one vector, in the order of the second."""
     return torch.cat([gradients[name].flatten() for name in order])
 
 

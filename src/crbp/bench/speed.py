@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from crbp.bench.measure import Numbers, Pair, Size, in_turns, relative, spread
+from crbp.bench.measure import Numbers, Pair, Size, flat, in_turns, relative, spread
 from crbp.ops.convolution import Frame
 
 PAPER = Size()
@@ -43,6 +43,39 @@ def kernels(*, quick: bool) -> Numbers:
     for side, steps in ((3, 300), (5, 100), (9, 30)):
         size = replace(base, kernel_size=side, steps=TINY.steps if quick else steps)
         rows.append({"kernel_size": side, "steps": size.steps, **Pair.of(size).compare(repeats=2 if quick else 3)})
+    return {"size": asdict(base), "rows": rows}
+
+
+def precision(*, quick: bool) -> Numbers:
+    """What bfloat16 costs and gives: gradients under autocast beside those in float32, for each kernel.
+
+    Parameters and state stay float32; convolutions, direct ones then, and matrix products are in bfloat16.
+    """
+    base = TINY if quick else replace(PAPER, steps=6, terms=4, fused=False)
+    rows = []
+    for side in (5,) if quick else (3, 9, 15):
+        size = replace(base, kernel_size=side)
+        pair = Pair.of(size)
+
+        def low(pair: Pair = pair) -> Any:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return pair.ours()
+
+        exact = {at: gradient.clone() for at, gradient in pair.ours()[1].items()}
+        found = low()[1]
+        errors = {at: relative(found[at], wanted) for at, wanted in exact.items()}
+        worst = max(errors, key=lambda at: errors[at])
+        seconds = in_turns({"float32": pair.ours, "bfloat16": low}, 2 if quick else 3)
+        rows.append(
+            {
+                "kernel_size": side,
+                **{name: spread(values) for name, values in seconds.items()},
+                "speedup": spread([a / b for a, b in zip(seconds["float32"], seconds["bfloat16"], strict=True)]),
+                "gradient_error_overall": relative(flat(found, exact), flat(exact, exact)),
+                "gradient_error": errors[worst],
+                "gradient_error_at": worst,
+            }
+        )
     return {"size": asdict(base), "rows": rows}
 
 

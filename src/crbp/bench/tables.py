@@ -55,6 +55,21 @@ def kernels(numbers: Numbers) -> Table:
     return _table(title, ("kernel", "N", *_PAIR), rows)
 
 
+def precision(numbers: Numbers) -> Table:
+    """float32 beside bfloat16."""
+    rows = [
+        [
+            f"{row['kernel_size']}×{row['kernel_size']}",
+            _spread(row["float32"], " s"),
+            _spread(row["bfloat16"], " s"),
+            _spread(row["speedup"], "×"),
+            f"{row['gradient_error_overall']:.1e}",
+        ]
+        for row in numbers["rows"]
+    ]
+    return _table("Under autocast to bfloat16", ("kernel", "float32", "bfloat16", "speed-up", "gradient error"), rows)
+
+
 def memory(numbers: Numbers) -> Table:
     """Saved activations and growth of the process."""
     counts = numbers["steps"]
@@ -131,6 +146,7 @@ def roofline(numbers: Numbers) -> Table:
 TABLES: dict[str, Callable[[Numbers], Table]] = {
     "step": step,
     "kernels": kernels,
+    "precision": precision,
     "memory": memory,
     "time_to_f1": time_to_f1,
     "solvers": solvers,

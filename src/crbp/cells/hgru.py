@@ -38,8 +38,8 @@ class HGRU(nn.Module):
             images of a batch), ``"group"`` or ``"none"``.
         norm_scale: start of the normalisation's scales; the paper's is 0.1, with which a small model hardly starts.
         horizon: longest time constant of the gates in steps, T_max; the number of steps trained for.
-        fused: compile what lies between the convolutions, see `crbp.ops.Fused`: a minute at the first steps, which the
-            compiler's cache saves the next time, for faster ones after. It pays at sizes where a step takes
+        fused: compile what lies between the convolutions, see `crbp.ops.Fused`: half a minute at the first steps, which
+            the compiler's cache saves the next time, for faster ones after. It pays at sizes where a step takes
             milliseconds.
 
     Raises:
@@ -88,7 +88,7 @@ class HGRU(nn.Module):
         """One step: the next state, of the shape of ``state`` and ``drive``, ``(B, C, H, W)``."""
         check_shapes(state, drive, self.channels)
         fused = self.fused and type(self.inhibition_norm) in FUSIBLE and type(self.excitation_norm) in FUSIBLE
-        gate, inhibit, excite = _fused(self.norm, self.channels) if fused else (_gate, _inhibit, _excite)
+        gate, inhibit, excite = stages(self.norm, self.channels) if fused else (_gate, _inhibit, _excite)
         gated = gate(self.inhibition_gate(state), state)
         inhibiting = _normed(self.inhibition(gated), self.inhibition_norm, fused)
         inhibited = inhibit(state, drive, self.alpha, self.mu, *inhibiting)
@@ -137,7 +137,7 @@ def _excite(
 
 
 @cache
-def _fused(norm: Norm, channels: int) -> tuple[Fused, Fused, Fused]:
+def stages(norm: Norm, channels: int) -> tuple[Fused, Fused, Fused]:
     """The three stages between the convolutions, each with the normalisation of what it starts from."""
     normalised = normalise(norm, channels)
 

@@ -1,7 +1,16 @@
 """Fast operations behind plain functions: convolution by FFT, fused element-wise functions."""
 
 from crbp.ops.convolution import Conv2d, conv2d, prefers_fft, shared_spectra
-from crbp.ops.fused import Fused, softplus
+from crbp.ops.fused import Fused, repeated_products, softplus
 from crbp.ops.memory import keep_freed_memory
 
-__all__ = ["Conv2d", "Fused", "conv2d", "keep_freed_memory", "prefers_fft", "shared_spectra", "softplus"]
+__all__ = [
+    "Conv2d",
+    "Fused",
+    "conv2d",
+    "keep_freed_memory",
+    "prefers_fft",
+    "repeated_products",
+    "shared_spectra",
+    "softplus",
+]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -30,14 +30,17 @@ class Linear(NamedTuple):
     needed: tuple[int, ...]
 
 
-def linearise(traced: fx.GraphModule) -> Linear:
-    """Split the graph of a function of ``g, x…`` that is linear in ``g``."""
+def linearise(traced: fx.GraphModule) -> Linear | None:
+    """Split the graph of a function of ``g, x…`` that is linear in ``g``; None for one that writes or draws."""
     nodes = list(traced.graph.nodes)
+    if not all(_is_pure(node) for node in nodes):
+        return None
     vector, *arguments = (node for node in nodes if node.op == "placeholder")
     dependent = {vector}
     for node in nodes:
         if any(each in dependent for each in node.all_input_nodes):
             dependent.add(node)
+    dependent.add(nodes[-1])  # the result, even where no part of it is
     # What crosses from one part to the other; then cheap nodes are left to the second, if that takes no more tensors.
     crossing = {each for node in dependent for each in node.all_input_nodes if each not in dependent}
     for node in reversed(nodes):
@@ -49,7 +52,16 @@ def linearise(traced: fx.GraphModule) -> Linear:
     needed = tuple(place for place, node in enumerate(arguments) if node in crossing)
     given = [vector, *kept, *(arguments[place] for place in needed)]
     result = nodes[-1].args[0]
-    return Linear(_part(nodes, arguments, kept), _part(nodes, given, result), needed)
+    return Linear(_part(traced, arguments, kept), _part(traced, given, result), needed)
+
+
+def _is_pure(node: fx.Node) -> bool:
+    if node.op != "call_function":
+        return node.op in ("placeholder", "get_attr", "output")
+    overload = node.target
+    if not isinstance(overload, torch._ops.OpOverload):
+        return True  # such as taking one of several results
+    return not overload._schema.is_mutable and torch.Tag.nondeterministic_seeded not in overload.tags
 
 
 def _better_anew(node: fx.Node, crossing: set[fx.Node]) -> bool:
@@ -62,18 +74,18 @@ def _elements(node: fx.Node) -> int:
     return value.numel() if isinstance(value, Tensor) else 0
 
 
-def _part(nodes: Sequence[fx.Node], given: Sequence[fx.Node], result: Any) -> fx.GraphModule:
+def _part(traced: fx.GraphModule, given: Sequence[fx.Node], result: Sequence[fx.Node]) -> fx.GraphModule:
     """The part of a graph between the nodes ``given`` and ``result``."""
     graph = fx.Graph()
     copies = {node: graph.placeholder(node.name) for node in given}
-    found, left = set(), [node for node in result if node is not None]
+    found, left = set(), list(result)
     while left:
         node = left.pop()
         if node not in found and node not in copies:
             found.add(node)
             left.extend(node.all_input_nodes)
-    for node in nodes:
+    for node in traced.graph.nodes:
         if node in found:
             copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(tuple(copies[node] for node in result))
-    return fx.GraphModule({}, graph)
+    return fx.GraphModule(traced, graph)

@@ -86,8 +86,15 @@ def conv2d(image: Tensor, weight: Tensor, bias: Tensor | None = None, *, method:
         return F.conv2d(image, weight, bias, padding="same")
     if image.ndim != 4:
         raise ValueError(f"images must have shape (B, C, H, W), not {tuple(image.shape)}")
-    if image.shape[1] != weight.shape[1]:
-        raise ValueError(f"a kernel for {weight.shape[1]} channels cannot take images of {image.shape[1]}")
+    if (image.dtype, image.device) != (weight.dtype, weight.device):
+        raise ValueError(
+            f"image and kernel must have one dtype and device, not {image.dtype} on {image.device} and {weight.dtype} "
+            f"on {weight.device}"
+        )
+    if image.shape[1] != weight.shape[1] or weight.numel() == 0:
+        raise ValueError(
+            f"a kernel of shape {tuple(weight.shape)} cannot take images of {image.shape[1]} channels to others"
+        )
     if image.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"there is no FFT for images of {image.dtype}; choose method='direct' or float32")
     frame = Frame.around((image.shape[-2], image.shape[-1]), (weight.shape[-2], weight.shape[-1]))
@@ -218,8 +225,9 @@ def _waves(frame: Frame, kernel: tuple[int, int], like: Tensor) -> tuple[Tensor,
     """The transform of a kernel by rows ``(R, k)`` and columns ``(k, Q)``: of so few points, products are faster."""
 
     def waves(size: int, frequencies: int, points: int) -> Tensor:
-        turns = torch.outer(torch.arange(frequencies), torch.arange(points) - points // 2).double() / size
-        return torch.polar(torch.ones_like(turns), -2 * torch.pi * turns).to(like.device, like.dtype.to_complex())
+        rate, place = (torch.arange(n, dtype=torch.float64, device=like.device) for n in (frequencies, points))
+        turns = torch.outer(rate, place - points // 2) / size
+        return torch.polar(torch.ones_like(turns), -2 * torch.pi * turns).to(like.dtype.to_complex())
 
     return waves(frame.rows, frame.rows, kernel[0]), waves(frame.columns, frame.half, kernel[1]).mT
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,8 +32,8 @@ class Fused:
     What ``torch.compile`` compiles can be differentiated only once; the Lipschitz penalty needs a second derivative.
     Here ``y = f(x…)``, its pull-back ``(g, x…) ↦ gᵀ ∂f/∂x`` and the pull-back of that are three functions, each
     traced with `torch.func.vjp` inside and compiled by itself. Only the arguments are kept for the backward pass; what
-    is in between is computed anew, which costs less than to read it back where memory is the bound. A graph that is
-    used again, as by every term of a Neumann series, keeps from its second use on what does not depend on ``g``.
+    is in between is computed anew, which costs less than to read it back where memory is the bound. Within
+    `repeated_products`, as in the solve of RBP's backward equation, what does not depend on ``g`` is computed once.
 
     The functions compile when first called, once for every set of arguments whose gradient is asked for and for up to
     `SIZES` shapes; others run as they are. Without a working compiler a warning says so, once, and `function` itself
@@ -47,7 +50,7 @@ class Fused:
         self.function = function
         self.compile_seconds = 0.0
         self._compiled: dict[tuple[Any, Signature], Callable[..., Any]] = {}
-        self._linear: dict[tuple[Indices, Signature], Linear] = {}
+        self._linear: dict[tuple[Indices, Signature], Linear | None] = {}
         self._sizes: Counter[Any] = Counter()
 
     def __call__(self, *tensors: Tensor) -> Tensor:
@@ -61,7 +64,7 @@ class Fused:
 
     def value(self, *tensors: Tensor) -> Tensor:
         """``f(x…)``, without a graph."""
-        result: Tensor = self._run("value", self.function, *tensors)
+        result: Tensor = self._run(("value", ()), self.function, *tensors)
         return result
 
     def pullback(self, asked: Indices, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -74,14 +77,17 @@ class Fused:
         if key not in self._linear:
             self._linear[key] = linearise(_traced(_first(self.function, asked), tensors))
         linear, arguments = self._linear[key], tensors[1:]
-        kept = self._run(("residuals", asked), linear.residuals, *arguments)
+        if linear is None:
+            return lambda gradient: self.pullback(asked, gradient, *arguments)
+        # The graphs hold for these arguments, of which not all come by again.
+        kept = self._run(("residuals", asked, key), linear.residuals, *arguments)
         kept = (*kept, *(arguments[place] for place in linear.needed))
-        return lambda gradient: tuple(self._run(("product", asked), linear.product, gradient, *kept))
+        return lambda gradient: tuple(self._run(("product", asked, key), linear.product, gradient, *kept))
 
     def second(self, asked: Indices, then: Indices, *tensors: Tensor) -> tuple[Tensor, ...]:
         """The pull-back of `pullback`: of cotangents and then ``g, x…``, for the arguments ``then`` of these."""
         pull = _second(self.function, asked, then)
-        return tuple(self._run(("second", asked, then), pull, *tensors))
+        return tuple(self._run(("second", (asked, then)), pull, *tensors))
 
     def _run(self, name: Any, function: Callable[..., Any], *tensors: Tensor) -> Any:
         if not _Compiler.works:
@@ -89,15 +95,21 @@ class Fused:
         # Without a history all calls look the same to the compiler.
         tensors = tuple(each.detach() for each in tensors)
         key = name, _signature(tensors)
-        if key in self._compiled:
-            return self._compiled[key](*tensors)
+        # A stage computes in the dtypes it is given.
+        with torch.autocast(tensors[0].device.type, enabled=False):
+            if key in self._compiled:
+                return self._compiled[key](*tensors)
+            return self._first_run(key, function, tensors)
+
+    def _first_run(self, key: tuple[Any, Signature], function: Callable[..., Any], tensors: tuple[Tensor, ...]) -> Any:
         start = time.perf_counter()
         self._compiled[key] = function
-        self._sizes[name] += 1
+        what = key[0][:2]  # without the sizes
+        self._sizes[what] += 1
         try:
-            if self._sizes[name] <= SIZES:
+            if self._sizes[what] <= SIZES:
                 self._compiled[key] = _compiled(_traced(function, tensors), tensors)
-            elif self._sizes[name] == SIZES + 1:
+            elif self._sizes[what] == SIZES + 1:
                 _warn(
                     f"a fused function has been compiled for {SIZES} sizes of image and batch; others run as they are"
                 )
@@ -111,7 +123,32 @@ class Fused:
 
 
 def _signature(tensors: Sequence[Tensor]) -> Signature:
-    return tuple((each.shape, each.stride(), each.dtype, each.device) for each in tensors)
+    """What a compiled function is compiled for."""
+    return torch.get_num_threads(), *((each.shape, each.stride(), each.dtype, each.device) for each in tensors)
+
+
+@dataclass
+class _Repeated(threading.local):
+    """Within `repeated_products`: for each node of a graph, and what it was asked for, the node and its linear map."""
+
+    maps: dict[Any, tuple[Any, Callable[[Tensor], tuple[Tensor, ...]]]] | None = None
+
+
+_repeated = _Repeated()
+
+
+@contextmanager
+def repeated_products() -> Iterator[None]:
+    """Say that vector-Jacobian products of one graph are taken again and again within this context, without a graph.
+
+    Each `Fused` then keeps, until the context is left, what its products have in common.
+    """
+    before = _repeated.maps
+    _repeated.maps = {} if before is None else before
+    try:
+        yield
+    finally:
+        _repeated.maps = before
 
 
 def _traced(function: Callable[..., Any], tensors: Sequence[Tensor]) -> fx.GraphModule:
@@ -239,21 +276,21 @@ class _Value(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
         ctx.fused, *tensors = inputs
         ctx.save_for_backward(*tensors)
-        ctx.maps = {}
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
         asked = _places(wanted(ctx, len(tensors), first=1))
         gradient = gradient.contiguous()
-        if torch.is_grad_enabled() or asked not in ctx.maps:
-            ctx.maps.setdefault(asked, None)
+        maps = _repeated.maps
+        if torch.is_grad_enabled() or maps is None:
             found = _Pullback.apply(ctx.fused, asked, gradient, *tensors)
         else:
-            # A graph used once will not be missed; used twice, it will be used often.
-            if ctx.maps[asked] is None:
-                ctx.maps[asked] = ctx.fused.linearised(asked, gradient, *tensors)
-            found = ctx.maps[asked](gradient)
+            # The node is kept with its map, so that its id stays its own.
+            key = id(ctx), asked
+            if key not in maps:
+                maps[key] = ctx, ctx.fused.linearised(asked, gradient, *tensors)
+            found = maps[key][1](gradient)
         return None, *_filled(len(tensors), asked, found)
 
 

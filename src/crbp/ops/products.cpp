@@ -7,8 +7,10 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <memory>
 #include <utility>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 
 namespace {
 
@@ -250,43 +252,44 @@ template <class T> struct Plane {
     }
 };
 
-// Memory for `count` vectors.
-template <class V> class Vectors {
-  public:
-    explicit Vectors(int64_t count) : memory_(new char[(count + 1) * sizeof(V)]) {}
-    V* get() const {
-        const auto address = reinterpret_cast<uintptr_t>(memory_.get());
-        return reinterpret_cast<V*>((address + BYTES - 1) / BYTES * BYTES);
-    }
+// The memory that a call is given, from its first whole vector on.
+template <class T> typename Vector<T>::type* vectors(T* scratch) {
+    const auto address = reinterpret_cast<uintptr_t>(scratch);
+    return reinterpret_cast<typename Vector<T>::type*>((address + BYTES - 1) / BYTES * BYTES);
+}
 
-  private:
-    std::unique_ptr<char[]> memory_;
-};
+int thread() {
+#ifdef _OPENMP
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
 
 // result[b, o] = Σ_c image[b, c] · packed[c, o] by frequency; CONJUGATE: of the other side, with the conjugate. Block after
 // block of columns, so that what lies between the transforms stays in the cache.
 template <class T, bool CONJUGATE>
 void apply(const T* image, const T* packed, T* result, int64_t images, int64_t inputs, int64_t outputs,
-           int64_t input_stride, int64_t output_stride, Plane<T> plane, int threads) {
+           int64_t input_stride, int64_t output_stride, Plane<T> plane, T* scratch, int threads) {
     typedef typename Vector<T>::type V;
     const int64_t rows = plane.rows, size = plane.height * plane.columns * 2;
     const int64_t x_step = 2 * images * inputs, y_step = 2 * images * outputs, s_step = 2 * inputs * outputs;
-    const Vectors<V> x(rows * x_step), y(rows * y_step);
+    V *const x = vectors(scratch), *const y = x + rows * x_step, *const own = y + rows * y_step;
 #pragma omp parallel num_threads(threads)
     {
-        const Vectors<V> a(2 * rows), b(2 * rows);
+        V *const a = own + thread() * 4 * rows, *const b = a + 2 * rows;
         for (int64_t block = 0; block < plane.blocks(); ++block) {
             const V* matrices = reinterpret_cast<const V*>(packed) + block * rows * s_step;
 #pragma omp for schedule(static)
             for (int64_t i = 0; i < images * inputs; ++i)
-                plane.forward(image + i * size, block, x.get() + 2 * i, x_step, a.get(), b.get());
+                plane.forward(image + i * size, block, x + 2 * i, x_step, a, b);
 #pragma omp for schedule(static)
             for (int64_t f = 0; f < rows; ++f)
-                apply_block<T, CONJUGATE>(x.get() + f * x_step, matrices + f * s_step, input_stride, output_stride,
-                                          y.get() + f * y_step, images, inputs, outputs);
+                apply_block<T, CONJUGATE>(x + f * x_step, matrices + f * s_step, input_stride, output_stride,
+                                          y + f * y_step, images, inputs, outputs);
 #pragma omp for schedule(static)
             for (int64_t i = 0; i < images * outputs; ++i)
-                plane.backward(y.get() + 2 * i, y_step, result + i * size, block, a.get(), b.get());
+                plane.backward(y + 2 * i, y_step, result + i * size, block, a, b);
         }
     }
 }
@@ -294,25 +297,25 @@ void apply(const T* image, const T* packed, T* result, int64_t images, int64_t i
 // packed[c][o] = Σ_b conj(left[b, c]) right[b, o] by frequency.
 template <class T>
 void cross(const T* left, const T* right, T* packed, int64_t images, int64_t inputs, int64_t outputs, Plane<T> plane,
-           int threads) {
+           T* scratch, int threads) {
     typedef typename Vector<T>::type V;
     const int64_t rows = plane.rows, size = plane.height * plane.columns * 2;
     const int64_t x_step = 2 * images * inputs, y_step = 2 * images * outputs, s_step = 2 * inputs * outputs;
-    const Vectors<V> x(rows * x_step), y(rows * y_step);
+    V *const x = vectors(scratch), *const y = x + rows * x_step, *const own = y + rows * y_step;
 #pragma omp parallel num_threads(threads)
     {
-        const Vectors<V> a(2 * rows), b(2 * rows);
+        V *const a = own + thread() * 4 * rows, *const b = a + 2 * rows;
         for (int64_t block = 0; block < plane.blocks(); ++block) {
             V* matrices = reinterpret_cast<V*>(packed) + block * rows * s_step;
 #pragma omp for schedule(static) nowait
             for (int64_t i = 0; i < images * inputs; ++i)
-                plane.forward(left + i * size, block, x.get() + 2 * i, x_step, a.get(), b.get());
+                plane.forward(left + i * size, block, x + 2 * i, x_step, a, b);
 #pragma omp for schedule(static)
             for (int64_t i = 0; i < images * outputs; ++i)
-                plane.forward(right + i * size, block, y.get() + 2 * i, y_step, a.get(), b.get());
+                plane.forward(right + i * size, block, y + 2 * i, y_step, a, b);
 #pragma omp for schedule(static)
             for (int64_t f = 0; f < rows; ++f)
-                cross_block<T>(x.get() + f * x_step, y.get() + f * y_step, matrices + f * s_step, images, inputs, outputs);
+                cross_block<T>(x + f * x_step, y + f * y_step, matrices + f * s_step, images, inputs, outputs);
         }
     }
 }
@@ -351,18 +354,20 @@ template <class T> void unpack(const T* packed, T* spectrum, int64_t inputs, int
 
 #define SIZES int64_t inputs, int64_t outputs, int64_t height, int64_t rows, int64_t columns
 #define EXPORT(NAME, T)                                                                                                \
-    void correlate_##NAME(const T* image, const T* packed, T* result, const T* roots, int64_t images, SIZES,           \
-                          int threads) {                                                                               \
+    void correlate_##NAME(const T* image, const T* packed, T* result, const T* roots, T* scratch, int64_t images,      \
+                          SIZES, int threads) {                                                                        \
         const Plane<T> plane{height, rows, columns, roots};                                                            \
-        apply<T, false>(image, packed, result, images, inputs, outputs, 2 * outputs, 2, plane, threads);               \
+        apply<T, false>(image, packed, result, images, inputs, outputs, 2 * outputs, 2, plane, scratch, threads);      \
     }                                                                                                                  \
-    void convolve_##NAME(const T* image, const T* packed, T* result, const T* roots, int64_t images, SIZES,            \
-                         int threads) {                                                                                \
+    void convolve_##NAME(const T* image, const T* packed, T* result, const T* roots, T* scratch, int64_t images,       \
+                         SIZES, int threads) {                                                                         \
         const Plane<T> plane{height, rows, columns, roots};                                                            \
-        apply<T, true>(image, packed, result, images, outputs, inputs, 2, 2 * outputs, plane, threads);                \
+        apply<T, true>(image, packed, result, images, outputs, inputs, 2, 2 * outputs, plane, scratch, threads);       \
     }                                                                                                                  \
-    void cross_##NAME(const T* left, const T* right, T* packed, const T* roots, int64_t images, SIZES, int threads) {  \
-        cross<T>(left, right, packed, images, inputs, outputs, Plane<T>{height, rows, columns, roots}, threads);       \
+    void cross_##NAME(const T* left, const T* right, T* packed, const T* roots, T* scratch, int64_t images, SIZES,     \
+                      int threads) {                                                                                   \
+        const Plane<T> plane{height, rows, columns, roots};                                                            \
+        cross<T>(left, right, packed, images, inputs, outputs, plane, scratch, threads);                               \
     }                                                                                                                  \
     void pack_##NAME(const T* spectrum, T* packed, SIZES, int threads) {                                               \
         pack<T>(spectrum, packed, inputs, outputs, Plane<T>{height, rows, columns, nullptr}, threads);                 \

@@ -8,12 +8,13 @@ that back, both conjugated.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
-import sys
 import tempfile
 import warnings
 from functools import cache, lru_cache
@@ -72,115 +73,184 @@ def _laid_out(spectrum: Tensor) -> Tensor:
 class NativeProducts:
     """By `products.cpp`, compiled on this machine: a spectrum is read once, in the order in which it lies."""
 
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self._library = library
-        library.vector_bytes.restype = ctypes.c_int64
-        self._bytes: int = library.vector_bytes()
-
     def pack(self, spectrum: Tensor) -> Tensor:
         """``(O, C, R, Q)``, conjugated, to blocks of W columns ``(Q / W, R, C, O, 2, W)``, real."""
-        outputs, inputs, rows, columns = spectrum.shape
-        packed = self._packed(spectrum.dtype.to_real(), inputs, outputs, rows, columns)
-        self._call("pack", spectrum.contiguous(), packed, inputs, outputs, 0, rows, columns)
-        return packed
+        made: Tensor = _pack(spectrum)
+        return made
 
     def unpack(self, packed: Tensor, rows: int, columns: int) -> Tensor:
         """Back to ``(O, C, R, Q)``."""
-        inputs, outputs = packed.shape[2:4]
-        spectrum = torch.empty(outputs, inputs, rows, columns, dtype=packed.dtype.to_complex())
-        self._call("unpack", packed.contiguous(), spectrum, inputs, outputs, 0, rows, columns)
-        return spectrum
+        made: Tensor = _unpack(packed, rows, columns)
+        return made
 
     def correlate(self, image: Tensor, packed: Tensor, rows: int) -> Tensor:
         """``Σ_c x̂[b, c] S[c, o]``: ``(B, O, H, Q)``."""
-        return self._apply("correlate", image, packed, packed.shape[3], rows)
+        made: Tensor = _apply(image, packed, rows, False)
+        return made
 
     def convolve(self, image: Tensor, packed: Tensor, rows: int) -> Tensor:
         """``Σ_o ŷ[b, o] conj S[c, o]``: ``(B, C, H, Q)``."""
-        return self._apply("convolve", image, packed, packed.shape[2], rows)
+        made: Tensor = _apply(image, packed, rows, True)
+        return made
 
     def cross(self, image: Tensor, result: Tensor, rows: int) -> Tensor:
         """``Σ_b conj(x̂[b, c]) ŷ[b, o]``, in the layout of a spectrum."""
-        (images, inputs, height, columns), outputs = image.shape, result.shape[1]
-        packed = self._packed(image.dtype.to_real(), inputs, outputs, rows, columns)
-        tensors = image.contiguous(), result.contiguous(), packed, _roots(rows, packed.dtype)
-        self._call("cross", *tensors, images, inputs, outputs, height, rows, columns)
-        return packed
+        made: Tensor = _cross(image, result, rows)
+        return made
 
-    def _apply(self, name: str, image: Tensor, packed: Tensor, channels: int, rows: int) -> Tensor:
-        images, _, height, columns = image.shape
-        result = torch.empty(images, channels, height, columns, dtype=image.dtype)
-        tensors = image.contiguous(), packed.contiguous(), result, _roots(rows, packed.dtype)
-        self._call(name, *tensors, images, *packed.shape[2:4], height, rows, columns)
-        return result
 
-    def _packed(self, dtype: torch.dtype, inputs: int, outputs: int, rows: int, columns: int) -> Tensor:
-        width = self._bytes // dtype.itemsize
-        return torch.empty(-(-columns // width), rows, inputs, outputs, 2, width, dtype=dtype)
+# Operators of PyTorch, so that fake tensors, tracing and tensors of other kinds meet them as they meet its own.
 
-    def _call(self, name: str, *arguments: Tensor | int) -> None:
-        precision = next(each.dtype for each in arguments if isinstance(each, Tensor)).to_real()
-        function = getattr(self._library, f"{name}_{str(precision).removeprefix('torch.')}")
-        passed: list[Any] = [
-            ctypes.c_void_p(each.data_ptr()) if isinstance(each, Tensor) else ctypes.c_int64(each) for each in arguments
-        ]
-        function(*passed, ctypes.c_int(torch.get_num_threads()))
+
+@torch.library.custom_op("crbp::pack_spectrum", mutates_args=(), device_types="cpu")
+def _pack(spectrum: Tensor) -> Tensor:
+    outputs, inputs, rows, columns = spectrum.shape
+    packed = _empty_spectrum(spectrum, inputs, outputs)
+    _call("pack", spectrum.contiguous(), packed, inputs, outputs, 0, rows, columns)
+    return packed
+
+
+@torch.library.custom_op("crbp::unpack_spectrum", mutates_args=(), device_types="cpu")
+def _unpack(packed: Tensor, rows: int, columns: int) -> Tensor:
+    spectrum: Tensor = _empty_unpacked(packed, rows, columns)
+    _call("unpack", packed.contiguous(), spectrum, *packed.shape[2:4], 0, rows, columns)
+    return spectrum
+
+
+@torch.library.custom_op("crbp::apply_spectrum", mutates_args=(), device_types="cpu")
+def _apply(image: Tensor, packed: Tensor, rows: int, adjoint: bool) -> Tensor:
+    images, _, height, columns = image.shape
+    result: Tensor = _empty_result(image, packed, rows, adjoint)
+    tensors = image.contiguous(), _aligned(packed), result, _roots(rows, packed.dtype)
+    scratch = _scratch(images * sum(packed.shape[2:4]), rows, packed.dtype)
+    sizes = images, *packed.shape[2:4], height, rows, columns
+    _call("convolve" if adjoint else "correlate", *tensors, scratch, *sizes)
+    return result
+
+
+@torch.library.custom_op("crbp::cross_spectrum", mutates_args=(), device_types="cpu")
+def _cross(image: Tensor, result: Tensor, rows: int) -> Tensor:
+    (images, inputs, height, columns), outputs = image.shape, result.shape[1]
+    packed: Tensor = _empty_crossed(image, result, rows)
+    tensors = image.contiguous(), result.contiguous(), packed, _roots(rows, packed.dtype)
+    scratch = _scratch(images * (inputs + outputs), rows, packed.dtype)
+    _call("cross", *tensors, scratch, images, inputs, outputs, height, rows, columns)
+    return packed
+
+
+@_pack.register_fake
+def _empty_packed(spectrum: Tensor) -> Tensor:
+    return _empty_spectrum(spectrum, spectrum.shape[1], spectrum.shape[0])
+
+
+@_unpack.register_fake
+def _empty_unpacked(packed: Tensor, rows: int, columns: int) -> Tensor:
+    inputs, outputs = packed.shape[2:4]
+    return packed.new_empty(outputs, inputs, rows, columns, dtype=packed.dtype.to_complex())
+
+
+@_apply.register_fake
+def _empty_result(image: Tensor, packed: Tensor, rows: int, adjoint: bool) -> Tensor:
+    return image.new_empty(image.shape[0], packed.shape[2 if adjoint else 3], *image.shape[2:])
+
+
+@_cross.register_fake
+def _empty_crossed(image: Tensor, result: Tensor, rows: int) -> Tensor:
+    like = image.new_empty(0, 0, rows, image.shape[-1])
+    return _empty_spectrum(like, image.shape[1], result.shape[1])
+
+
+def _empty_spectrum(like: Tensor, inputs: int, outputs: int) -> Tensor:
+    rows, columns = like.shape[-2:]
+    dtype = like.dtype.to_real()
+    width = _library().vector_bytes() // dtype.itemsize
+    return like.new_empty(-(-columns // width), rows, inputs, outputs, 2, width, dtype=dtype)
+
+
+def _scratch(planes: int, rows: int, dtype: torch.dtype) -> Tensor:
+    """Room for a block of columns of all images and results, and for each thread's transform; and to align it."""
+    vectors = 2 * rows * planes + torch.get_num_threads() * 4 * rows + 1
+    return torch.empty(vectors * _library().vector_bytes() // dtype.itemsize, dtype=dtype, device="cpu")
+
+
+def _aligned(packed: Tensor) -> Tensor:
+    """The same, where whole vectors can be loaded from; a tensor restored from elsewhere may lie otherwise."""
+    packed = packed.contiguous()
+    return packed.clone() if packed.data_ptr() % 64 else packed
+
+
+def _call(name: str, *arguments: Tensor | int) -> None:
+    precision = next(each.dtype for each in arguments if isinstance(each, Tensor)).to_real()
+    function = getattr(_library(), f"{name}_{str(precision).removeprefix('torch.')}")
+    passed: list[Any] = []
+    for each in arguments:
+        if isinstance(each, Tensor):
+            assert each.dtype.to_real() == precision
+            assert each.device.type == "cpu"
+            passed.append(ctypes.c_void_p(each.data_ptr()))
+        else:
+            passed.append(ctypes.c_int64(each))
+    function(*passed, ctypes.c_int(torch.get_num_threads()))
 
 
 @lru_cache
 def _roots(count: int, dtype: torch.dtype) -> Tensor:
     """``exp(−2πi j / count)`` as pairs of real numbers ``(count, 2)``."""
-    turns = -2 * torch.pi * torch.arange(count, dtype=torch.float64) / count
+    turns = -2 * torch.pi * torch.arange(count, dtype=torch.float64, device="cpu") / count
     return torch.stack([turns.cos(), turns.sin()], dim=1).to(dtype)
 
 
 Products = MatrixProducts | NativeProducts
 # Above this, the matrices of a block of frequencies leave the cache of a core, and a library's blocking is better.
 _MOST_NATIVE = 64 * 64
+_native, _matrix = NativeProducts(), MatrixProducts()
 
 
 def native_suits(device: torch.device, inputs: int, outputs: int) -> bool:
     """Whether the native products are to be taken: on a CPU, for up to 4 096 pairs of channels, with a compiler."""
-    return device.type == "cpu" and inputs * outputs <= _MOST_NATIVE and _native() is not None
+    return device.type == "cpu" and inputs * outputs <= _MOST_NATIVE and _found() is not None
 
 
 def products(*, native: bool) -> Products:
     """The products of the kind asked for."""
-    if not native:
-        return _matrix
-    found = _native()
-    assert found is not None
-    return found
+    return _native if native else _matrix
 
 
-_matrix = MatrixProducts()
+def _library() -> ctypes.CDLL:
+    library = _found()
+    assert library is not None  # `native_suits` has been asked
+    return library
 
 
 @cache
-def _native() -> NativeProducts | None:
+def _found() -> ctypes.CDLL | None:
     try:
-        return NativeProducts(ctypes.CDLL(str(_build())))
+        library = ctypes.CDLL(str(_build()))
     except (OSError, subprocess.SubprocessError) as error:
-        detail = getattr(error, "stderr", "") or str(error)
+        said = getattr(error, "stderr", None)
+        reason = [*(said if isinstance(said, str) else str(error)).strip().splitlines(), type(error).__name__][0]
         warnings.warn(
-            f"convolutions by FFT use PyTorch's matrix products, which is slower: {detail.strip().splitlines()[0]}; a "
-            "C++ compiler named c++ or by the variable CXX is needed for the native ones",
+            f"convolutions by FFT use PyTorch's matrix products, which is slower, because the native ones cannot be "
+            f"compiled ({reason}); a C++ compiler named c++ or by the variable CXX is needed",
             RuntimeWarning,
             stacklevel=2,
         )
         return None
+    library.vector_bytes.restype = ctypes.c_int64
+    return library
 
 
 def _build() -> Path:
     """The compiled library, from the cache, or compiled into it: a second or two, once for a machine."""
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
+    named = os.environ.get("CXX")
+    found = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    if named is None and found is None:
         raise FileNotFoundError("there is no C++ compiler")
+    compiler = shlex.split(named) if named else [str(found)]
     failure: Exception | None = None
     for target in (["-march=native", "-fopenmp"], ["-march=native"], []):
-        flags = ["-O3", "-ffp-contract=fast", "-std=c++17", "-shared", "-fPIC", *target]
         try:
-            return _compiled([*compiler.split(), *flags])
+            return _compiled([*compiler, "-O3", "-ffp-contract=fast", "-std=c++17", *target])
         except subprocess.CalledProcessError as error:
             failure = failure or error
     assert failure is not None
@@ -192,19 +262,28 @@ def _compiled(command: list[str]) -> Path:
     # cluster with others.
     defined = _run([*command, "-dM", "-E", "-x", "c++", os.devnull])
     key = hashlib.sha256("\n".join((*command, defined, SOURCE.read_text(encoding="utf-8"))).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "crbp"
+    folder = _cache()
     library = folder / f"products-{key}.so"
     if not library.exists():
-        folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             new = Path(scratch) / library.name
-            _run([*command, str(SOURCE), "-o", str(new)])
+            _run([*command, "-shared", "-fPIC", str(SOURCE), "-o", str(new)])
             new.replace(library)
     return library
 
 
+def _cache() -> Path:
+    """The user's folder for such files; where there is none that can be written, one for this process alone."""
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "crbp"
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except (OSError, RuntimeError):  # RuntimeError: no home
+        own = tempfile.mkdtemp(prefix="crbp-")
+        atexit.register(shutil.rmtree, own, ignore_errors=True)
+        return Path(own)
+
+
 def _run(command: list[str]) -> str:
-    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
-    if done.stderr:
-        print(done.stderr, file=sys.stderr)
-    return done.stdout
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout

@@ -211,6 +211,8 @@ def _set_threads() -> None:
     """
     if "OMP_NUM_THREADS" not in os.environ and hasattr(os, "sched_getaffinity"):
         torch.set_num_threads(len(os.sched_getaffinity(0)))
+    # `deterministic` would have all new memory filled first, for code that reads what it has not written.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if torch.cuda.is_available():
         # Convolutions take TF32 already; matrix products are to be no different.
         torch.set_float32_matmul_precision("high")

@@ -115,7 +115,9 @@ class Folders(ContourSource):
 
 @dataclass(frozen=True, kw_only=True)
 class Stages(ContourSource):
-    """Images of several sources, one source after the other: a curriculum, such as contours that grow longer.
+    """Images of several sources, one source after the other: a lead-in, such as contours that grow longer.
+
+    As the source itself of `ContourData` the stages would be shuffled into each other.
 
     Args:
         sources: at least one; their images have one shape.

@@ -100,9 +100,9 @@ class Followed(Dataset["Sample"]):
     def __getitems__(self, indices: Sequence[int]) -> list[Sample]:
         """The items of a batch."""
         if all(index < self.size for index in indices):
-            return _together(self.first, indices)
+            return together(self.first, indices)
         if all(index >= self.size for index in indices):
-            return _together(self.second, [index - self.size for index in indices])
+            return together(self.second, [index - self.size for index in indices])
         return [self[index] for index in indices]
 
 
@@ -122,13 +122,14 @@ class Flipped(Dataset["Sample"]):
 
     def __getitems__(self, keys: Sequence[Key]) -> list[Sample]:
         """The items of a batch, made together where the data set can."""
-        items = _together(self.items, [key.item for key in keys])
+        items = together(self.items, [key.item for key in keys])
         return [_turned(item, key) for item, key in zip(items, keys, strict=True)]
 
 
-def _together(items: Dataset[Sample], indices: Sequence[int]) -> list[Sample]:
-    together = getattr(items, "__getitems__", None)
-    found: list[Sample] = together(indices) if together is not None else [items[index] for index in indices]
+def together(items: Dataset[Sample], indices: Sequence[int]) -> list[Sample]:
+    """Some items of a data set, made together where it can."""
+    make = getattr(items, "__getitems__", None)
+    found: list[Sample] = make(indices) if make is not None else [items[index] for index in indices]
     return found
 
 

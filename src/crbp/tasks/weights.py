@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from argparse import ArgumentError
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -185,15 +186,18 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
 
 def _class_paths(config: Any) -> Iterator[str]:
-    """Every class that a configuration names."""
+    """Every text in a configuration that may name a class, under ``class_path`` or in place of that."""
     if isinstance(config, Mapping):
-        if "class_path" in config:
-            yield str(config["class_path"])
         for value in config.values():
             yield from _class_paths(value)
-    elif isinstance(config, list):
+    elif isinstance(config, list | tuple):
         for value in config:
             yield from _class_paths(value)
+    elif isinstance(config, str) and _DOTTED.fullmatch(config.strip()):
+        yield config.strip()
+
+
+_DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 
 
 class SafetensorsExport(pl.Callback):
