@@ -39,9 +39,11 @@ def test_a_page_of_numbers_and_figures_is_written(tmp_path: Path, capsys: pytest
     assert "report.html" in capsys.readouterr().out.replace("\n", "")
     # The images are those that the file says, until others are asked for.
     assert main(["analyze", str(file), "--out", str(out), "--images", "8", "--preset", "mini", "--seed", "3"]) == 0
-    assert json.loads((out / "analysis.json").read_text())["f1"] == numbers["f1"]
+    assert json.loads((out / "analysis.json").read_text())["residual"] == numbers["residual"]
     assert main(["analyze", str(file), "--out", str(out), "--images", "8", "--preset", "mini", "--steps", "5"]) == 0
-    assert json.loads((out / "analysis.json").read_text())["f1"] != numbers["f1"][:5]
+    fewer = json.loads((out / "analysis.json").read_text())
+    assert fewer["steps"] == 5
+    assert fewer["residual"] != numbers["residual"][:5]  # other images
 
 
 @pytest.mark.slow
