@@ -1,0 +1,54 @@
+"""The script that trains and collects the rows of contour tracing, through the real commands."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "pathfinder.py"
+
+
+@pytest.fixture
+def script() -> Any:
+    spec = importlib.util.spec_from_file_location("pathfinder_rows", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_an_unknown_row_is_named(script: Any) -> None:
+    assert "small5_hgru_crbp" in script.rows("small5_*")
+    with pytest.raises(SystemExit, match="no configuration is called nope"):
+        script.rows("nope")
+
+
+@pytest.mark.slow
+def test_a_row_is_trained_analysed_and_set_into_the_table(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = yaml.safe_load((script.CONFIGS / "mini_hgru_crbp.yaml").read_text())
+    content["trainer"] = {"max_epochs": 1, "limit_val_batches": 1}
+    content["data"]["init_args"] |= {"train_size": 32, "batch_size": 16, "val_size": 16, "lead_in_size": 16}
+    (tmp_path / "tiny_hgru_crbp.yaml").write_text(yaml.safe_dump(content))
+    monkeypatch.setattr(script, "CONFIGS", tmp_path)
+    script.train("tiny_hgru_crbp", 3, tmp_path / "runs")
+    run = tmp_path / "runs" / "tiny_hgru_crbp_seed3" / "version_0"
+    first = (run / "seconds.json").read_text()
+    script.train("tiny_hgru_crbp", 3, tmp_path / "runs")  # there is nothing left to do
+    assert (run / "seconds.json").read_text() == first
+    unfinished = tmp_path / "runs" / "other" / "version_0"
+    unfinished.mkdir(parents=True)
+    script.write([run, unfinished], tmp_path / "out")
+    (line,) = csv.DictReader((tmp_path / "out" / "table.csv").open())
+    assert (line["row"], line["task"], line["images"], line["steps"]) == ("tiny_hgru_crbp_seed3", "mini", "32", "8")
+    assert 0 <= float(line["f1_at_4n"]) <= 1
+    assert float(line["residual_at_4n"]) > 0
+    tags = {row["tag"] for row in csv.DictReader((tmp_path / "out" / "curves.csv").open())}
+    assert {"val/f1", "val/residual", "val/penalty"} <= tags
