@@ -25,6 +25,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs" / "pathfinder"
+IMAGES = 256  # of every analysis
 TASKS = ("small5", "small9", "small14")
 COLUMNS = (
     "row", "task", "cell", "method", "kernel", "steps", "parameters", "images", "seconds",
@@ -79,7 +80,7 @@ def analyse(name: str, run: Path) -> bool:
     """Analyse one run, and on the other tasks of its family the same; whether that succeeded."""
     if "feedforward" in name:
         return True
-    weights, settings = run / "weights" / "last.safetensors", ["--images", "256"]
+    weights, settings = run / "weights" / "last.safetensors", ["--images", str(IMAGES)]
     done = [crbp("analyze", weights, "--out", run / "analysis", *settings, log=run / "log.txt")]
     for task in TASKS:
         if name.split("_")[0] in TASKS and task != name.split("_")[0]:

@@ -51,6 +51,7 @@ def test_a_checkpoint_of_a_run_is_taken_as_well(tmp_path: Path) -> None:
     arguments = ["--trainer.max_steps", "2", "--trainer.logger.init_args.save_dir", str(tmp_path)]
     arguments += ["--trainer.limit_val_batches", "1", "--data.init_args.train_size", "32"]
     arguments += ["--data.init_args.lead_in_size", "16", "--trainer.val_check_interval", "1"]
+    arguments += ["--trainer.log_every_n_steps", "1"]
     config = Path(__file__).parents[2] / "configs" / "pathfinder" / "mini_hgru_crbp.yaml"
     assert main(["fit", "--config", str(config), *arguments]) == 0
     (checkpoint,) = tmp_path.rglob("last.ckpt")

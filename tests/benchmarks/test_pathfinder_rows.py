@@ -38,6 +38,7 @@ def test_a_row_is_trained_analysed_and_set_into_the_table(
     content["data"]["init_args"] |= {"train_size": 32, "batch_size": 16, "val_size": 16, "lead_in_size": 16}
     (tmp_path / "tiny_hgru_crbp.yaml").write_text(yaml.safe_dump(content))
     monkeypatch.setattr(script, "CONFIGS", tmp_path)
+    monkeypatch.setattr(script, "IMAGES", 8)
     script.train("tiny_hgru_crbp", 3, tmp_path / "runs")
     run = tmp_path / "runs" / "tiny_hgru_crbp_seed3" / "version_0"
     first = (run / "seconds.json").read_text()
