@@ -47,9 +47,9 @@ def test_a_row_is_trained_analysed_and_set_into_the_table(
     unfinished = tmp_path / "runs" / "other" / "version_0"
     unfinished.mkdir(parents=True)
     script.write([run, unfinished], tmp_path / "out")
-    (line,) = csv.DictReader((tmp_path / "out" / "table.csv").open())
+    (line,) = csv.DictReader((tmp_path / "out" / "table.csv").read_text().splitlines())
     assert (line["row"], line["task"], line["images"], line["steps"]) == ("tiny_hgru_crbp_seed3", "mini", "32", "8")
     assert 0 <= float(line["f1_at_4n"]) <= 1
     assert float(line["residual_at_4n"]) > 0
-    tags = {row["tag"] for row in csv.DictReader((tmp_path / "out" / "curves.csv").open())}
+    tags = {row["tag"] for row in csv.DictReader((tmp_path / "out" / "curves.csv").read_text().splitlines())}
     assert {"val/f1", "val/residual", "val/penalty"} <= tags
