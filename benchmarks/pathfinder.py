@@ -23,6 +23,8 @@ from typing import Any
 
 import yaml
 
+from crbp.bench.measure import environment
+
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs" / "pathfinder"
 IMAGES = 256  # of every analysis
@@ -30,7 +32,7 @@ TASKS = ("small5", "small9", "small14")
 COLUMNS = (
     "row", "task", "cell", "method", "kernel", "steps", "parameters", "images", "seconds",
     "f1_at_n", "f1_at_4n", "f1_best", "f1_best_at", "residual_at_4n", "stable_share", "ks_statistic", "moved",
-    *(f"best_on_{task}" for task in TASKS),
+    *(f"best_on_{task}" for task in TASKS), "seed", "commit",
 )  # fmt: skip
 
 
@@ -55,7 +57,7 @@ def crbp(*arguments: str | Path, log: Path) -> bool:
 def train(name: str, seed: int, out: Path) -> None:
     """Train one row, from where it was left."""
     run = out / label(name, seed) / "version_0"
-    if (run / "seconds.json").exists():
+    if (run / "made.json").exists():
         return
     run.mkdir(parents=True, exist_ok=True)
     arguments = ["fit", "--config", CONFIGS / f"{name}.yaml", "--trainer.enable_progress_bar", "false"]
@@ -72,7 +74,7 @@ def train(name: str, seed: int, out: Path) -> None:
         print(f"{label(name, seed)} failed; see {run / 'log.txt'}", flush=True)
         return
     seconds = sum(map(float, (run / "times.txt").read_text().split()))
-    (run / "seconds.json").write_text(json.dumps({"seconds": round(seconds, 1)}))
+    (run / "made.json").write_text(json.dumps({"seed": seed, "seconds": round(seconds, 1), **environment()}, indent=2))
     print(f"{label(name, seed)} done in {seconds:.0f} s", flush=True)
 
 
@@ -96,8 +98,9 @@ def label(name: str, seed: int) -> str:
 
 def collect(run: Path) -> dict[str, Any] | None:
     """One line of the table; None for a run that is not finished."""
-    if not (run / "seconds.json").exists():
+    if not (run / "made.json").exists():
         return None
+    made = json.loads((run / "made.json").read_text())
     config = yaml.safe_load((run / "config.yaml").read_text())
     net = config["model"]["init_args"]["net"]["init_args"]
     data = config["data"]["init_args"]
@@ -112,7 +115,9 @@ def collect(run: Path) -> dict[str, Any] | None:
         "steps": net.get("evolve", {}).get("steps", ""),
         "parameters": _parameters(run),
         "images": data["train_size"] // data["batch_size"] * data["batch_size"] * config["trainer"]["max_epochs"],
-        **json.loads((run / "seconds.json").read_text()),
+        "seconds": made["seconds"],
+        "seed": made["seed"],
+        "commit": made["commit"],
     }
     if "feedforward" in name:
         return {**line, "f1_at_n": curve(run, "val/f1")[-1][1]}

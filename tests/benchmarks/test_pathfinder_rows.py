@@ -41,14 +41,15 @@ def test_a_row_is_trained_analysed_and_set_into_the_table(
     monkeypatch.setattr(script, "IMAGES", 8)
     script.train("tiny_hgru_crbp", 3, tmp_path / "runs")
     run = tmp_path / "runs" / "tiny_hgru_crbp_seed3" / "version_0"
-    first = (run / "seconds.json").read_text()
+    first = (run / "made.json").read_text()
     script.train("tiny_hgru_crbp", 3, tmp_path / "runs")  # there is nothing left to do
-    assert (run / "seconds.json").read_text() == first
+    assert (run / "made.json").read_text() == first
     unfinished = tmp_path / "runs" / "other" / "version_0"
     unfinished.mkdir(parents=True)
     script.write([run, unfinished], tmp_path / "out")
     (line,) = csv.DictReader((tmp_path / "out" / "table.csv").read_text().splitlines())
     assert (line["row"], line["task"], line["images"], line["steps"]) == ("tiny_hgru_crbp_seed3", "mini", "32", "8")
+    assert line["seed"] == "3"
     assert 0 <= float(line["f1_at_4n"]) <= 1
     assert float(line["residual_at_4n"]) > 0
     tags = {row["tag"] for row in csv.DictReader((tmp_path / "out" / "curves.csv").read_text().splitlines())}
