@@ -9,7 +9,7 @@ from torch import Tensor
 
 import crbp
 from crbp import ops
-from crbp.ops import convolution
+from crbp.ops import convolution, spectral
 
 SHAPES = [(2, 3, 2, (9, 12), (5, 5)), (1, 2, 4, (8, 8), (7, 7)), (3, 2, 2, (5, 6), (3, 9)), (2, 1, 1, (4, 31), (1, 1))]
 
@@ -64,13 +64,13 @@ def test_functional_transforms_differentiate_it_too() -> None:
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     seen: list[tuple[int, ...]] = []
-    original = convolution._Spectrum.forward
+    original = convolution.spectrum
 
-    def forward(weight: Tensor, frame: convolution.Frame) -> Tensor:
+    def spectrum(weight: Tensor, frame: spectral.Frame) -> Tensor:
         seen.append(tuple(weight.shape))
         return original(weight, frame)
 
-    monkeypatch.setattr(convolution._Spectrum, "forward", staticmethod(forward))
+    monkeypatch.setattr(convolution, "spectrum", spectrum)
     return seen
 
 
@@ -147,8 +147,8 @@ def test_inference_tensors_and_transforms_are_taken() -> None:
 def test_a_product_for_the_state_alone_leaves_the_kernel_out(monkeypatch: pytest.MonkeyPatch) -> None:
     image, weight = pair(SHAPES[0])
     calls: list[str] = []
-    original = convolution._Cross.forward
-    monkeypatch.setattr(convolution._Cross, "forward", staticmethod(lambda *a: calls.append("cross") or original(*a)))
+    original = spectral._Cross.forward
+    monkeypatch.setattr(spectral._Cross, "forward", staticmethod(lambda *a: calls.append("cross") or original(*a)))
     result = by_fft(image * 1, weight)
     torch.autograd.grad(result.sum(), image, retain_graph=True)
     assert calls == []
@@ -157,10 +157,11 @@ def test_a_product_for_the_state_alone_leaves_the_kernel_out(monkeypatch: pytest
 
 
 def test_the_choice_follows_kernel_dtype_and_surroundings() -> None:
-    large, small = torch.randn(25, 25, 15, 15), torch.randn(25, 25, 3, 3)
+    large, small = torch.randn(25, 25, 15, 15), torch.randn(25, 25, 1, 1)
     image = torch.randn(2, 25, 150, 150)
     assert ops.prefers_fft(image, large)
     assert not ops.prefers_fft(image, small)
+    assert not ops.prefers_fft(image[:1, :, :8, :8], large[..., 6:9, 6:9])
     assert not ops.prefers_fft(image.bfloat16(), large)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert not ops.prefers_fft(image, large)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from crbp.bench.measure import Numbers, Pair, Size, flat, in_turns, relative, spread
-from crbp.ops.convolution import Frame
+from crbp.ops.spectral import frame_for
 
 PAPER = Size()
 TINY = Size(channels=4, kernel_size=5, image=20, steps=4, terms=3, fused=False)
@@ -118,10 +118,11 @@ def exponent(values: Sequence[float], seconds: Sequence[float]) -> float:
 def roofline(*, quick: bool) -> Numbers:
     """Peak arithmetic and bandwidth as measured, and what they allow the `step` part at best.
 
-    A direct convolution takes ``2 B C² k² H W`` operations. By FFT it takes a transform of every plane there and back,
-    and for every frequency a product ``(B, C) · (C, C)``, whose kernel spectrum has to be read; the two spectra are
-    computed once and their gradients transformed back once. Where everything else is fused, a step
-    moves ``TRANSFERS["step"]`` tensors ``(B, C, H, W)``, a vector-Jacobian product ``TRANSFERS["product"]``.
+    A direct convolution takes ``2 B C² k² H W`` operations. By FFT, in tiles of the size that `crbp.ops` takes, it is
+    a transform of every plane there and back, and for every frequency a product ``(B, C) · (C, C)``, whose kernel
+    spectrum has to be read; the two spectra are computed once and their gradients transformed back once. Where
+    everything else is fused, a step moves ``TRANSFERS["step"]`` tensors ``(B, C, H, W)``, a vector-Jacobian product
+    ``TRANSFERS["product"]``.
     """
     size = TINY if quick else PAPER
     peak = _peak_flops(256 if quick else 3072, repeats=3 if quick else 7)
@@ -179,14 +180,16 @@ def convolutions(size: Size) -> int:
 
 def _fourier(size: Size) -> tuple[float, float]:
     """Operations and bytes of the convolutions of one training step by FFT."""
-    side = Frame.around((size.image, size.image), (size.kernel_size, size.kernel_size)).rows
-    frequencies = side * (side // 2 + 1)
-    transform = 2.5 * side**2 * math.log2(side**2)
-    planes, pairs = size.batch * size.channels, size.channels**2
-    each = 2 * planes * transform + 8 * planes * size.channels * frequencies
-    flops = convolutions(size) * each + 2 * 2 * pairs * transform
-    moved = 2 * planes * (BYTES * size.image**2 + 2 * 2 * BYTES * frequencies) + 2 * BYTES * pairs * frequencies
-    return flops, convolutions(size) * moved
+    image, kernel = (size.image, size.image), (size.kernel_size, size.kernel_size)
+    frame = frame_for(
+        size.batch, image, kernel, size.channels, size.channels, native=True, threads=torch.get_num_threads()
+    )
+    points, planes, pairs = math.prod(frame.size), frame.planes(size.batch, image), size.channels**2
+    transform = 5 * points * math.log2(points)  # of a complex plane
+    each = planes * (2 * size.channels * transform + 8 * pairs * points)
+    flops = convolutions(size) * each + 2 * pairs * transform  # two spectra and their gradients, of half planes
+    moved = BYTES * (2 * size.batch * size.channels * size.image**2 + pairs * points)
+    return flops, float(convolutions(size) * moved)
 
 
 def _elementwise_bytes(size: Size) -> float:

@@ -1,0 +1,93 @@
+"""`spectral.cpp`, compiled on this machine when it is first wanted."""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+import warnings
+from functools import cache
+from pathlib import Path
+
+SOURCE = Path(__file__).with_name("spectral.cpp")
+
+
+def library() -> ctypes.CDLL:
+    """The compiled functions, where `found` has them."""
+    loaded = found()
+    assert loaded is not None
+    return loaded
+
+
+@cache
+def found() -> ctypes.CDLL | None:
+    """The compiled functions; None, with a warning, where they cannot be compiled."""
+    try:
+        library = ctypes.CDLL(str(_build()))
+    except (OSError, subprocess.SubprocessError) as error:
+        said = getattr(error, "stderr", None)
+        reason = [*(said if isinstance(said, str) else str(error)).strip().splitlines(), type(error).__name__][0]
+        warnings.warn(
+            f"convolutions by FFT use PyTorch's own operations, which is slower, because the native ones cannot be "
+            f"compiled ({reason}); a C++ compiler named c++ or by the variable CXX is needed",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+    for name in ("vector_bytes", "scratch_float32", "scratch_float64"):
+        getattr(library, name).restype = ctypes.c_int64
+    return library
+
+
+def _build() -> Path:
+    """The compiled library, from the cache, or compiled into it: a second or two, once for a machine."""
+    named = os.environ.get("CXX")
+    on_path = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    if named is None and on_path is None:
+        raise FileNotFoundError("there is no C++ compiler")
+    compiler = shlex.split(named) if named else [str(on_path)]
+    failure: Exception | None = None
+    for target in (["-march=native", "-fopenmp"], ["-march=native"], []):
+        try:
+            return _compiled([*compiler, "-O3", "-ffp-contract=fast", "-std=c++17", *target])
+        except subprocess.CalledProcessError as error:
+            failure = failure or error
+    assert failure is not None
+    raise failure
+
+
+def _compiled(command: list[str]) -> Path:
+    # What the compiler predefines tells its version and the instructions of this processor, which share a home on a
+    # cluster with others.
+    defined = _run([*command, "-dM", "-E", "-x", "c++", os.devnull])
+    key = hashlib.sha256("\n".join((*command, defined, SOURCE.read_text(encoding="utf-8"))).encode()).hexdigest()[:16]
+    folder = _cache()
+    library = folder / f"spectral-{key}.so"
+    if not library.exists():
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            new = Path(scratch) / library.name
+            _run([*command, "-shared", "-fPIC", str(SOURCE), "-o", str(new)])
+            new.replace(library)
+    return library
+
+
+def _cache() -> Path:
+    """The user's folder for such files; where there is none that can be written, one for this process alone."""
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "crbp"
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except (OSError, RuntimeError):  # RuntimeError: no home
+        own = tempfile.mkdtemp(prefix="crbp-")
+        atexit.register(shutil.rmtree, own, ignore_errors=True)
+        return Path(own)
+
+
+def _run(command: list[str]) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout

@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from crbp import ops
+from crbp.ops import _native, convolution, spectral
+
+needs_compiler = pytest.mark.skipif(_native.found() is None, reason="there is no C++ compiler here")
+# (B, C, O), image, kernel, plane. Channels that fill no vector, one and several; an odd number of tiles; tiles that the
+# image does not fill; planes for whole images and for tiles, and one of each along its sides; every radix.
+CASES = [
+    ((1, 1, 1), (8, 8), (3, 3), (10, 10)),
+    ((3, 5, 18), (13, 9), (5, 5), (16, 16)),
+    ((2, 16, 3), (32, 32), (7, 7), (36, 36)),
+    ((1, 33, 40), (20, 21), (15, 3), (18, 24)),
+    ((4, 9, 20), (21, 64), (3, 3), (8, 72)),
+    ((1, 2, 2), (50, 27), (9, 9), (60, 16)),
+    ((2, 3, 2), (5, 80), (3, 13), (8, 100)),
+    ((1, 2, 3), (3, 4), (9, 7), (10, 8)),
+]
+
+
+def relative(got: Tensor, wanted: Tensor) -> float:
+    return float((got - wanted).norm() / wanted.norm())
+
+
+@needs_compiler
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("dtype", "precision"), [(torch.float32, 3e-6), (torch.float64, 1e-14)])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_native_correlations_are_direct_ones_with_their_gradients(
+    case: tuple[tuple[int, ...], ...], dtype: torch.dtype, precision: float, threads: int
+) -> None:
+    (images, inputs, outputs), image_size, kernel, plane = case
+    torch.manual_seed(0)
+    image = torch.randn(images, inputs, *image_size, dtype=dtype, requires_grad=True)
+    weight = torch.randn(outputs, inputs, *kernel, dtype=dtype, requires_grad=True)
+    tile = tuple(map(spectral._tile, image_size, plane, kernel))
+    frame = spectral.Frame(plane, tile, kernel, native=True)  # type: ignore[arg-type]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        ours = spectral.correlate(image, spectral.spectrum(weight, frame), None, frame, outputs)
+        theirs = F.conv2d(image, weight, padding="same")
+        assert relative(ours.detach(), theirs.detach()) < precision
+        gradient = torch.randn_like(theirs)
+        for got, wanted in zip(
+            torch.autograd.grad(ours, (image, weight), gradient),
+            torch.autograd.grad(theirs, (image, weight), gradient),
+            strict=True,
+        ):
+            assert relative(got, wanted) < precision
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_compiler
+@pytest.mark.parametrize("plane", [(10, 8), (8, 12)])
+def test_native_tiles_pass_gradcheck_twice(plane: spectral.Sides) -> None:
+    torch.manual_seed(0)
+    image = torch.randn(2, 2, 9, 10, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(3, 2, 5, 3, dtype=torch.float64, requires_grad=True)
+    frame = spectral.Frame(plane, (plane[0] - 4, 10 if plane[1] == 12 else plane[1] - 2), (5, 3), native=True)
+
+    def tiled(image: Tensor, weight: Tensor) -> Tensor:
+        return spectral.correlate(image, spectral.spectrum(weight, frame), None, frame, 3)
+
+    assert torch.autograd.gradcheck(tiled, (image, weight))
+    assert torch.autograd.gradgradcheck(tiled, (image, weight))
+
+
+@pytest.mark.parametrize("native", [pytest.param(True, marks=needs_compiler), False])
+@pytest.mark.parametrize("kernel", [(3, 3), (15, 15), (7, 31), (41, 1)])
+@pytest.mark.parametrize("image", [(8, 8), (32, 48), (150, 150), (1, 500)])
+def test_a_chosen_plane_holds_tile_and_kernel(image: spectral.Sides, kernel: spectral.Sides, native: bool) -> None:
+    frame = spectral.frame_for(2, image, kernel, 25, 25, native=native)
+    for side, plane, tile, reach in zip(image, frame.size, frame.tile, kernel, strict=True):
+        assert plane % 2 == 0
+        assert plane >= reach
+        assert plane >= (side + reach // 2 if tile == side else tile + reach - 1)
+        assert native or tile == side
+
+
+def test_the_factors_are_those_of_the_size() -> None:
+    for size in range(2, 200):
+        factors = spectral.factors(size)
+        if factors:
+            assert torch.tensor(factors).prod() == size
+        else:
+            assert any(size % prime == 0 for prime in range(7, size + 1) if all(prime % k for k in range(2, prime)))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 2, (9, 12), (5, 5)), (3, 2, 2, (5, 6), (3, 9))])
+def test_by_pytorch_it_is_the_direct_one_too(shape: tuple[int, int, int, spectral.Sides, spectral.Sides]) -> None:
+    images, inputs, outputs, size, kernel = shape
+    image = torch.randn(images, inputs, *size, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(outputs, inputs, *kernel, dtype=torch.float64, requires_grad=True)
+    frame = spectral.frame_for(images, size, kernel, inputs, outputs, native=False)
+
+    def whole(image: Tensor, weight: Tensor) -> Tensor:
+        return spectral.correlate(image, spectral.spectrum(weight, frame), None, frame, outputs)
+
+    torch.testing.assert_close(whole(image, weight), F.conv2d(image, weight, padding="same"))
+    assert torch.autograd.gradcheck(whole, (image, weight))
+    assert torch.autograd.gradgradcheck(whole, (image, weight))
+
+
+@pytest.fixture
+def no_library_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(_native, "found", _native.found.__wrapped__)
+    monkeypatch.setattr(convolution, "found", _native.found)
+    return tmp_path / "crbp"
+
+
+@needs_compiler
+def test_the_library_is_compiled_once(no_library_yet: Path) -> None:
+    assert _native.found() is not None
+    (library,) = no_library_yet.iterdir()
+    written = library.stat().st_mtime_ns
+    _native.found()
+    assert [library] == list(no_library_yet.iterdir())
+    assert library.stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize("compiler", ["/nowhere/c++", "false"])
+def test_without_a_compiler_it_says_so_and_goes_on(
+    no_library_yet: Path, monkeypatch: pytest.MonkeyPatch, compiler: str
+) -> None:
+    monkeypatch.setenv("CXX", compiler)
+    with pytest.warns(RuntimeWarning, match=r"C\+\+ compiler.*is needed"):
+        found = ops.conv2d(torch.ones(1, 1, 4, 4), torch.ones(1, 1, 3, 3), method="fft")
+    torch.testing.assert_close(found[0, 0, 1], torch.tensor([6.0, 9.0, 9.0, 6.0]))
+    assert not list(no_library_yet.glob("*.so"))
+
+
+def test_nothing_is_compiled_where_it_would_not_be_used(no_library_yet: Path) -> None:
+    assert not ops.prefers_fft(torch.ones(1, 2, 16, 16), torch.ones(2, 2, 3, 3))
+    assert not no_library_yet.exists()
+
+
+def test_many_channels_are_left_to_a_library() -> None:
+    assert not spectral.native_suits(torch.device("cpu"), 128, 128)
+    assert not spectral.native_suits(torch.device("cuda"), 8, 8)
+    image, weight = torch.randn(1, 80, 8, 8), torch.randn(80, 80, 3, 3)
+    torch.testing.assert_close(
+        ops.conv2d(image, weight, method="fft"), ops.conv2d(image, weight, method="direct"), rtol=1e-4, atol=1e-3
+    )
+
+
+@needs_compiler
+def test_other_kinds_of_tensors_meet_an_operator() -> None:
+    weight = torch.nn.Parameter(torch.randn(3, 3, 5, 5))
+    image = torch.randn(2, 3, 16, 16)
+    wanted = ops.conv2d(image, weight, method="fft")
+    graph = torch.fx.experimental.proxy_tensor.make_fx(lambda x: ops.conv2d(x, weight, method="fft"))(image)
+    torch.testing.assert_close(graph(2 * image), 2 * wanted, rtol=1e-4, atol=1e-5)
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert ops.conv2d(mode.from_tensor(image), mode.from_tensor(weight), method="fft").shape == wanted.shape
+    frame = spectral.frame_for(2, (16, 16), (5, 5), 3, 3, native=True)
+    spectrum, sizes = spectral.spectrum(weight.detach(), frame), (*frame.size, *frame.tile, *frame.kernel)
+    torch.library.opcheck(spectral._correlate, (image, spectrum, 3, *sizes))
+    torch.library.opcheck(spectral._cross, (image, wanted.detach(), *sizes))
+
+
+def test_without_a_home_the_library_is_for_this_process(
+    no_library_yet: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    folder = _native._cache()
+    assert folder.is_dir()
+    assert tmp_path not in folder.parents
