@@ -1,9 +1,9 @@
 from __future__ import annotations
 
-import importlib.util
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -44,25 +44,13 @@ def load(path: Path, **changes: Any) -> Any:
     return parser().instantiate(parser().parse_object(content))
 
 
-def make_script() -> Any:
-    spec = importlib.util.spec_from_file_location("make_pathfinder", FOLDER / "make_pathfinder.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # A dataclass looks its module up while it is made.
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(importlib.import_module("sys").modules, spec.name, module)
-        spec.loader.exec_module(module)
-    return module
-
-
 def batch() -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     return {"image": torch.rand(2, 1, 10, 10, generator=generator), "mask": torch.ones(2, 10, 10).bool()}
 
 
-def test_files_are_what_the_script_writes() -> None:
-    script = make_script()
+def test_files_are_what_the_script_writes(load_script: Callable[[str], ModuleType]) -> None:
+    script = load_script("configs/make_pathfinder.py")
     written = {f"{row[0]}.yaml": script.text(*row) for row in script.rows()}
     assert written == {path.name: path.read_text(encoding="utf-8") for path in FILES}
 

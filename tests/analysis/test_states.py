@@ -97,4 +97,4 @@ def test_a_model_that_runs_off_is_analysed_all_the_same() -> None:
 def test_a_tolerance_does_not_end_an_analysis_early() -> None:
     net = spiral(0.5)
     net.evolve = crbp.Evolve(steps=4, tolerance=10.0)
-    assert len(analyse(net, IMAGES, torch.rand(5, 8, 8) > 0.5).probability) == 16
+    assert len(analyse(net, IMAGES, torch.rand(5, 8, 8) > 0.5).trajectory.f1) == 16

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import crbp
-from crbp.analysis import follow, memory_curve
+from crbp.analysis import follow, late_radius, memory_curve
 from crbp.models import PathfinderNet
 
 
@@ -13,32 +13,47 @@ def _net(steps=3):
     return PathfinderNet(crbp.cells.HGRU(4, 3, norm_scale=1.0), crbp.Evolve(steps=steps), target_share=0.4)
 
 
-def _batches():
+def _images():
     generator = torch.Generator().manual_seed(1)
-    return [
-        (torch.rand(n, 1, 9, 9, generator=generator), torch.rand(n, 9, 9, generator=generator) > 0.5) for n in (2, 3)
-    ]
+    return torch.rand(5, 1, 9, 9, generator=generator), torch.rand(5, 9, 9, generator=generator) > 0.5
 
 
-def test_each_step_of_a_trajectory_equals_a_run_of_so_many_steps():
-    net, batches = _net(), _batches()
-    found = follow(net, batches, steps=4)
+def test_each_step_of_a_trajectory_equals_a_run_of_so_many_steps(monkeypatch):
+    monkeypatch.setattr("crbp.analysis.trajectory.BATCH", 3)
+    net, (image, mask) = _net(), _images()
+    found = follow(net, image, mask, steps=4, shown=2)
     for t in range(1, 5):
-        hits = marked = residual = 0.0
-        for image, mask in batches:
-            with torch.no_grad():
-                traced = net(image, steps=t).logits.argmax(1).bool()
-                single = [net(one[None], steps=t).run.report.residual for one in image]
-            hits += float((traced & mask).sum())
-            marked += float(traced.sum() + mask.sum())
-            residual += sum(single)
-        assert found.f1[t - 1].item() == pytest.approx(2 * hits / marked)
-        assert found.residual[t - 1].item() == pytest.approx(residual / 5, rel=1e-4)
+        with torch.no_grad():
+            logits = net(image, steps=t).logits
+            residual = [net(one[None], steps=t).run.report.residual for one in image]
+        traced = logits.argmax(1).bool()
+        f1 = 2 * int((traced & mask).sum()) / int(traced.sum() + mask.sum())
+        assert found.f1[t - 1].item() == pytest.approx(f1)
+        assert found.residual[t - 1].item() == pytest.approx(sum(residual) / 5, rel=1e-4)
+        torch.testing.assert_close(found.probability[t - 1], logits[:2].softmax(1)[:, 1])
+    assert found.arrival(3).shape == (2, 9, 9)
 
 
-def test_no_image_is_an_error():
-    with pytest.raises(ValueError, match="no image"):
-        follow(_net(), [], steps=2)
+@pytest.mark.parametrize(
+    ("images", "settings", "message"),
+    [(0, {}, "no image"), (2, {"shown": 3}, "at most 2, not 3"), (2, {"steps": 0}, "steps")],
+)
+def test_what_cannot_be_followed_is_refused(images, settings, message):
+    image, mask = _images()
+    with pytest.raises(ValueError, match=message):
+        follow(_net(), image[:images], mask[:images], **{"steps": 2, **settings})
+
+
+def test_late_radii_are_those_of_the_state_after_so_many_steps(monkeypatch):
+    monkeypatch.setattr("crbp.analysis.trajectory.BATCH", 3)
+    net, (image, _) = _net(), _images()
+    radius, converged = late_radius(net, image, steps=6, seed=2)
+    for part in (slice(0, 3), slice(3, 5)):
+        with torch.no_grad():
+            run = net(image[part], steps=6).run
+        wanted = crbp.spectral_radius(run, per_sample=True, generator=torch.Generator().manual_seed(2))
+        torch.testing.assert_close(radius[part], wanted.radius)
+        assert converged[part].tolist() == wanted.converged.tolist()
 
 
 def test_the_memory_curve_leaves_the_model_as_it_was():

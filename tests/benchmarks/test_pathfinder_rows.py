@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import yaml
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "pathfinder.py"
-
 
 @pytest.fixture
-def script() -> Any:
-    spec = importlib.util.spec_from_file_location("pathfinder_rows", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def script(load_script: Callable[[str], ModuleType]) -> Any:
+    return load_script("benchmarks/pathfinder.py")
 
 
 def test_an_unknown_row_is_named(script: Any) -> None:

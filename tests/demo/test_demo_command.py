@@ -35,7 +35,7 @@ def test_the_quick_demo_writes_what_it_promises(tmp_path, capsys):
     assert "report.html" in capsys.readouterr().out.replace("\n", "")
     # Memory is flat in the number of steps for C-RBP and grows for BPTT.
     assert len(set(numbers["memory_mib"].values())) == 1
-    assert numbers["bptt_memory_mib"]["64"] > 10 * numbers["bptt_memory_mib"]["4"]
+    assert numbers["bptt_memory_mib"]["64"] > 5 * numbers["bptt_memory_mib"]["4"]
     for name in ("crbp", "bptt"):
         net = load_net(out / f"{name}.safetensors")
         assert net(torch.zeros(1, 1, 32, 32)).logits.shape == (1, 2, 32, 32)

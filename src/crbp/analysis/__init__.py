@@ -8,6 +8,6 @@ if _missing := [name for name in _NEEDED if find_spec(name) is None]:
 
 from crbp.analysis.memory import memory_curve  # noqa: E402
 from crbp.analysis.states import StateSpace, state_space  # noqa: E402
-from crbp.analysis.trajectory import Trajectory, arrival_steps, follow  # noqa: E402
+from crbp.analysis.trajectory import Trajectory, arrival_steps, follow, late_radius  # noqa: E402
 
-__all__ = ["StateSpace", "Trajectory", "arrival_steps", "follow", "memory_curve", "state_space"]
+__all__ = ["StateSpace", "Trajectory", "arrival_steps", "follow", "late_radius", "memory_curve", "state_space"]

@@ -7,8 +7,6 @@ import copy
 import html
 import json
 import math
-import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,21 +15,19 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-import crbp
 from crbp._command import Parser, reserve
 from crbp.analysis import figures
-from crbp.analysis.page import write_page
+from crbp.analysis.page import RESIDUAL, write_page
 from crbp.analysis.states import StateSpace, state_space
-from crbp.analysis.trajectory import Trajectory, arrival_steps, follow
+from crbp.analysis.trajectory import Trajectory, follow, late_radius
 from crbp.cells import HGRU
 from crbp.data.pathfinder import PRESETS, DataError, GenerationError
 from crbp.errors import CrbpError
 from crbp.models import PathfinderNet
 from crbp.tasks import ContourData, Generated, Origin, load_trained
-from crbp.tasks.sampling import together
+from crbp.tasks.sampling import stacked
 from crbp.tasks.weights import build
 
-BATCH = 32
 SHOWN = 6  # images in the figures
 
 
@@ -41,11 +37,10 @@ class Analysis:
 
     Attributes:
         trained: N, the steps it was trained for.
-        trajectory: F1 and residual after every step.
+        trajectory: what it does step by step.
         states: where its states go; None where they do not stay finite.
         radius: spectral radius of the step's Jacobian after the last step, one an image; none where that is not finite.
         converged: whether each is to be trusted.
-        probability: of the first images after every step, ``(T, B, H, W)``.
     """
 
     trained: int
@@ -53,7 +48,6 @@ class Analysis:
     states: StateSpace | None
     radius: Tensor
     converged: Tensor
-    probability: Tensor
 
     def numbers(self) -> dict[str, Any]:
         """All of it that is a number."""
@@ -97,7 +91,6 @@ def analyse(net: PathfinderNet, image: Tensor, mask: Tensor, *, steps: int | Non
     """
     trained = net.evolve.steps
     late = 4 * trained if steps is None else steps
-    batches = list(zip(torch.split(image, BATCH), torch.split(mask, BATCH), strict=True))
     net = copy.deepcopy(net)
     net.evolve = replace(net.evolve, tolerance=None, on_divergence="warn")
     for module in net.modules():
@@ -107,25 +100,13 @@ def analyse(net: PathfinderNet, image: Tensor, mask: Tensor, *, steps: int | Non
         states = state_space(net, image, trained=trained, steps=late)
     except FloatingPointError:
         states = None
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", crbp.DivergenceWarning)  # told by the numbers
-        traced = net(image[:SHOWN], steps=late, every_step=True).steps
-        assert traced is not None
-        radius, converged = [torch.empty(0)], [torch.empty(0, dtype=torch.bool)]
-        for each, _ in batches[: -(-radii // BATCH)]:
-            run = net(each, steps=late).run
-            assert run is not None
-            if math.isfinite(run.report.residual):
-                found = crbp.spectral_radius(run, per_sample=True, generator=torch.Generator().manual_seed(0))
-                radius.append(found.radius)
-                converged.append(found.converged)
+    radius, converged = late_radius(net, image[:radii], steps=late)
     return Analysis(
         trained=trained,
-        trajectory=follow(net, batches, steps=late),
+        trajectory=follow(net, image, mask, steps=late, shown=min(SHOWN, len(image))),
         states=states,
-        radius=torch.cat(radius),
-        converged=torch.cat(converged),
-        probability=traced.softmax(dim=2)[:, :, 1],
+        radius=radius,
+        converged=converged,
     )
 
 
@@ -188,10 +169,9 @@ def _images(options: argparse.Namespace, origin: Origin) -> tuple[Tensor, Tensor
     else:
         raise CrbpError(f"{options.checkpoint} does not say what it was trained on; choose a task with --preset")
     try:
-        samples = together(source.items("val", options.images, seed), range(options.images))
+        image, mask = stacked(source.items("val", options.images, seed), options.images)
     except (DataError, GenerationError) as error:
         raise CrbpError(f"{error}; --images says how many, --preset of which task") from error
-    image, mask = (torch.stack([each[name] for each in samples]) for name in ("image", "mask"))
     return image, mask, source.preset if isinstance(source, Generated) else type(source).__name__
 
 
@@ -225,19 +205,17 @@ def _write(
 ) -> None:
     n, last = found.trained, len(found.trajectory.f1)
     name = origin.name or checkpoint.stem
-    early, late = (
-        torch.stack([arrival_steps(found.probability[:upto, i]) for i in range(found.probability.shape[1])])
-        for upto in (n, last)
-    )
     trajectory, states = found.trajectory, found.states
     drawn = {
         "tracing": (
-            figures.tracing(image[:SHOWN], mask[:SHOWN], {f"{n} steps": early, f"{last} steps": late}, steps=n),
+            figures.tracing(
+                image[:SHOWN], mask[:SHOWN], {f"{t} steps": trajectory.arrival(t) for t in (n, last)}, steps=n
+            ),
             "The first images of the validation split. Colour: the step from which on a pixel stays marked; "
             f"yellow also stands for any step after {n}.",
         ),
         "filmstrip": (
-            figures.filmstrip(image[:3], found.probability[:, :3], _spread(n, last)),
+            figures.filmstrip(image[:3], trajectory.probability[:, :3], figures.steps_to_show(n, last)),
             "What the model believes after some of its steps, from 0 (black) to 1.",
         ),
         "f1": (
@@ -246,7 +224,7 @@ def _write(
         ),
         "residual": (
             figures.over_steps({name: trajectory.residual}, trained=n, label="relative residual", log=True),
-            "How much the state still moves, ‖h<sub>t</sub> − h<sub>t−1</sub>‖ / ‖h<sub>t</sub>‖, mean over images.",
+            RESIDUAL,
         ),
     }
     if states is not None:
@@ -268,11 +246,4 @@ def _write(
         table=[("", ""), *_rows(found)],
         figures=drawn,
         notes={},
-    )
-
-
-def _spread(n: int, last: int) -> Sequence[int]:
-    """Steps to show: close together at first, when most happens, and the last."""
-    return sorted(
-        {step for step in (1, 2, 3, *(round(n * share) for share in (0.4, 0.6, 0.8, 1.0)), last) if 0 < step <= last}
     )

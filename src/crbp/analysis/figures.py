@@ -44,6 +44,12 @@ def tracing(images: Tensor, masks: Tensor, arrivals: Mapping[str, Tensor], *, st
     return figure
 
 
+def steps_to_show(trained: int, last: int) -> list[int]:
+    """Close together at first, when most happens, and the last."""
+    steps = {1, 2, 3, *(round(trained * share) for share in (0.4, 0.6, 0.8, 1.0)), last}
+    return sorted(step for step in steps if 0 < step <= last)
+
+
 def filmstrip(images: Tensor, probability: Tensor, at: Sequence[int]) -> Figure:
     """One row an image: the input and the probability of the target after some of the steps.
 

@@ -11,6 +11,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 DPI = 140
+# The caption of a residual.
+RESIDUAL = "How much the state still moves, ‖h<sub>t</sub> − h<sub>t−1</sub>‖ / ‖h<sub>t</sub>‖, mean over images."
 
 
 def write_page(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from crbp._checks import count
 from crbp._tree import flatten_state
+from crbp.analysis.trajectory import states_of
 from crbp.models import PathfinderNet
 
 BUDGET = 2**30  # bytes of states kept at once
@@ -63,10 +64,8 @@ def state_space(net: PathfinderNet, image: Tensor, *, trained: int, steps: int) 
         raise ValueError(f"at least 2 images are needed, not {len(image)}")
     elements = sum(leaf.numel() for leaf in flatten_state(net.cell.initial_state(net.drive(image[:1])))[0])
     image = image[: max(2, BUDGET // (4 * elements * steps))]
-    drive = net.drive(image)
-    state, states = net.cell.initial_state(drive), torch.empty(steps, len(image), elements)
-    for t in range(steps):
-        state = net.cell(state, drive)
+    states = torch.empty(steps, len(image), elements)
+    for t, (_, state) in enumerate(states_of(net, image, steps=steps)):
         states[t] = torch.cat([leaf.flatten(1).float() for leaf in flatten_state(state)[0]], dim=1)
         if not bool(states[t].isfinite().all()):
             raise FloatingPointError(f"the state is not finite after step {t + 1}")

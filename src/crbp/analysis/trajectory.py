@@ -2,63 +2,117 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+import crbp
 from crbp._checks import count
 from crbp._tree import flatten_state, norm
 from crbp.models import PathfinderNet
+from crbp.ops import shared_spectra
+
+BATCH = 32  # images at once
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trajectory:
-    """What a model did over ``T`` steps, averaged over a set of images.
+    """What a model did over ``T`` steps.
 
     Attributes:
         f1: F1 over all pixels of all images after step 1 … T, ``(T,)``.
         residual: relative residual ``‖h_t − h_{t−1}‖ / ‖h_t‖`` of step 1 … T, mean over images, ``(T,)``.
+        probability: of the target on the first images after step 1 … T, ``(T, B, H, W)``.
     """
 
     f1: Tensor
     residual: Tensor
+    probability: Tensor
+
+    def arrival(self, steps: int) -> Tensor:
+        """Step from which on each pixel of the first images stays traced within ``steps``, ``(B, H, W)``."""
+        return torch.stack([arrival_steps(each) for each in self.probability[:steps].unbind(1)])
+
+
+def states_of(net: PathfinderNet, image: Tensor, *, steps: int) -> Iterator[tuple[Any, Any]]:
+    """The states before and after each step."""
+    with shared_spectra():
+        drive = net.drive(image)
+        state = net.cell.initial_state(drive)
+        for _ in range(steps):
+            new = net.cell(state, drive)
+            yield state, new
+            state = new
 
 
 @torch.no_grad()
-def follow(net: PathfinderNet, batches: Iterable[tuple[Tensor, Tensor]], *, steps: int) -> Trajectory:
+def follow(net: PathfinderNet, image: Tensor, mask: Tensor, *, steps: int, shown: int = 0) -> Trajectory:
     """Run a model for ``steps`` steps and read it out after each.
 
     Args:
         net: a recurrent model; it is run as it stands, in training or evaluation mode.
-        batches: pairs of images ``(B, 1, H, W)`` and masks ``(B, H, W)`` of bool.
+        image: ``(B, 1, H, W)``.
+        mask: ``(B, H, W)`` of bool.
         steps: how far to run.
+        shown: of how many images, up to one batch of 32, the probabilities are kept.
 
     Raises:
-        ValueError: if ``steps`` is below 1 or there is no image.
+        ValueError: if ``steps`` is below 1, there is no image, or more are to be shown than a batch has.
     """
     count("steps", steps)
-    hits, marked, residual, images = torch.zeros(steps), torch.zeros(steps), torch.zeros(steps), 0
-    wanted = 0
-    for image, mask in batches:
-        drive = net.drive(image)
-        state = net.cell.initial_state(drive)
-        for t in range(steps):
-            new = net.cell(state, drive)
-            residual[t] += _residual_per_image(state, new).sum().cpu()
-            state = new
-            traced = net.read(state).argmax(dim=1).bool()
-            hits[t] += (traced & mask).sum().cpu()
+    count("shown", shown, at_least=0)
+    if shown > min(BATCH, len(image)):
+        raise ValueError(f"shown must be at most {min(BATCH, len(image))}, not {shown}")
+    if len(image) == 0:
+        raise ValueError("there is no image to follow; give at least one")
+    hits, marked, residual = torch.zeros(steps), torch.zeros(steps), torch.zeros(steps)
+    probability = torch.zeros(steps, shown, *mask.shape[1:])
+    for first, (some, wanted) in enumerate(zip(torch.split(image, BATCH), torch.split(mask, BATCH), strict=True)):
+        for t, (before, state) in enumerate(states_of(net, some, steps=steps)):
+            residual[t] += _residual_per_image(before, state).sum().cpu()
+            logits = net.read(state)
+            traced = logits.argmax(dim=1).bool()
+            hits[t] += (traced & wanted).sum().cpu()
             marked[t] += traced.sum().cpu()
-        images += len(image)
-        wanted += int(mask.sum())
-    if images == 0:
-        raise ValueError("there is no image to follow; give at least one batch")
-    return Trajectory(f1=2 * hits / (marked + wanted).clamp_min(1), residual=residual / images)
+            if first == 0:
+                probability[t] = logits[:shown].softmax(dim=1)[:, 1].cpu()
+    f1 = 2 * hits / (marked + int(mask.sum())).clamp_min(1)
+    return Trajectory(f1=f1, residual=residual / len(image), probability=probability)
 
 
-def _residual_per_image(old: object, new: object) -> Tensor:
+@torch.no_grad()
+def late_radius(net: PathfinderNet, image: Tensor, *, steps: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Spectral radius of the step's Jacobian after ``steps`` steps, one an image, and whether each has converged.
+
+    Batches of images of which a state is not finite are left out.
+
+    Args:
+        net: a recurrent model.
+        image: ``(B, 1, H, W)``.
+        steps: how far to run.
+        seed: of the power iteration's first vectors.
+
+    Returns:
+        ``(B′,)`` and ``(B′,)`` of bool, see `crbp.spectral_radius`.
+    """
+    radius, converged = [torch.empty(0)], [torch.empty(0, dtype=torch.bool)]
+    for some in torch.split(image, BATCH):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", crbp.DivergenceWarning)  # told by what is left out
+            run = net(some, steps=steps).run
+        if math.isfinite(run.report.residual):
+            found = crbp.spectral_radius(run, per_sample=True, generator=torch.Generator().manual_seed(seed))
+            radius.append(found.radius)
+            converged.append(found.converged)
+    return torch.cat(radius), torch.cat(converged)
+
+
+def _residual_per_image(old: Any, new: Any) -> Tensor:
     before, _ = flatten_state(old)
     after, _ = flatten_state(new)
     residuals = []

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import crbp
 from crbp.analysis import figures, memory_curve
-from crbp.analysis.page import write_page
+from crbp.analysis.page import RESIDUAL, write_page
 from crbp.demo.recipe import Recipe
 from crbp.demo.training import RADII, validation
 from crbp.tasks import Origin, save_net
@@ -115,18 +115,18 @@ def _draw(
     recipe: Recipe, outcomes: dict[str, Outcome], image: Tensor, mask: Tensor, memory: dict[str, list[int]]
 ) -> dict[str, Figure]:
     n, shown = recipe.steps, recipe.examples
-    ours = outcomes["C-RBP"]
+    ours, theirs = outcomes["C-RBP"].trajectory, outcomes["BPTT"].trajectory
     arrivals = {
         f"C-RBP, {n} steps": ours.arrival(n),
         f"C-RBP, {4 * n} steps": ours.arrival(4 * n),
-        f"BPTT, {n} steps": outcomes["BPTT"].arrival(n),
-        f"BPTT, {4 * n} steps": outcomes["BPTT"].arrival(4 * n),
+        f"BPTT, {n} steps": theirs.arrival(n),
+        f"BPTT, {4 * n} steps": theirs.arrival(4 * n),
     }
     found = {name: outcome.trajectory for name, outcome in outcomes.items()}
     strokes = ("marking every stroke", _all_strokes(recipe, image, mask))
     return {
         "tracing": figures.tracing(image[:shown], mask[:shown], arrivals, steps=n),
-        "filmstrip": figures.filmstrip(image[:3], ours.probability[:, :3], _spread(n)),
+        "filmstrip": figures.filmstrip(image[:3], ours.probability[:, :3], figures.steps_to_show(n, 4 * n)),
         "f1": figures.over_steps({k: v.f1 for k, v in found.items()}, trained=n, label="F1", level=strokes),
         "residual": figures.over_steps(
             {k: v.residual for k, v in found.items()}, trained=n, label="relative residual", log=True
@@ -134,11 +134,6 @@ def _draw(
         "spectral_radius": figures.radii({k: v.radius for k, v in outcomes.items()}),
         "memory": figures.memory(MEMORY_STEPS, memory),
     }
-
-
-def _spread(n: int) -> list[int]:
-    """Steps to show: close together at first, when most happens, and 4N at the end."""
-    return sorted({1, 2, 3, *(round(n * share) for share in (0.4, 0.6, 0.8, 1.0)), 4 * n})
 
 
 def _verdict(numbers: dict[str, Any], recipe: Recipe) -> str:
@@ -177,8 +172,7 @@ def _captions(numbers: dict[str, Any], recipe: Recipe) -> dict[str, str]:
         f"stays marked. With {4 * n} steps, yellow also stands for any step after {n}.",
         "filmstrip": "What the model trained with C-RBP believes after some of its steps, from 0 (black) to 1.",
         "f1": f"F1 over all pixels of {recipe.validation} validation images, read out after each step.",
-        "residual": "How much the state still moves from step to step, ‖h<sub>t</sub> − h<sub>t−1</sub>‖ / "
-        "‖h<sub>t</sub>‖, mean over the images.",
+        "residual": RESIDUAL,
         "spectral_radius": "Spectral radius of the step's Jacobian after 4N steps, by power iteration on each of "
         f"{RADII} images. Below 1, small perturbations of the state die out.",
         "memory": "What autograd keeps for the backward pass of one image; the penalty is counted for C-RBP.",

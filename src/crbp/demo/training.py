@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 import crbp
-from crbp.analysis import Trajectory, arrival_steps, follow
+from crbp.analysis import Trajectory, follow, late_radius
 from crbp.data.pathfinder import Pathfinder
 from crbp.demo.recipe import Recipe
 from crbp.gradients import GradientMethod
-from crbp.models import PathfinderNet, Prediction
+from crbp.models import PathfinderNet
 from crbp.ops import keep_freed_memory
 from crbp.tasks import ContourTask
+from crbp.tasks.sampling import stacked
 
 if TYPE_CHECKING:
     Progress = Synchronized[float]  # shared between processes: the share of the training done, from 0 to 1
@@ -35,10 +36,9 @@ class Outcome:
         weights: the model's `state_dict`.
         images: seen in training.
         seconds: spent in training.
-        trajectory: over the validation images, after every step to 4N.
+        trajectory: over the validation images to 4N, with the probabilities on the examples.
         radius: spectral radius at the state after 4N steps, one for each of some validation images, ``(B,)``.
         converged: whether that estimate is to be trusted, ``(B,)``.
-        probability: of the target after every step to 4N on the examples, ``(4N, B, H, W)``.
     """
 
     weights: dict[str, Tensor]
@@ -47,15 +47,9 @@ class Outcome:
     trajectory: Trajectory
     radius: Tensor
     converged: Tensor
-    probability: Tensor
-
-    def arrival(self, steps: int) -> Tensor:
-        """Step from which on each pixel of the examples stays traced within the first ``steps``, ``(B, H, W)``."""
-        return torch.stack([arrival_steps(each) for each in self.probability[:steps].unbind(1)])
 
 
 WARMUP = 0.02  # share of the training over which the learning rate rises
-BATCH = 32  # images measured at once
 RADII = 32  # images whose spectral radius is measured
 
 
@@ -109,8 +103,7 @@ def bptt_model(recipe: Recipe, progress: Progress, seed: int) -> Outcome:
 def validation(recipe: Recipe, seed: int) -> tuple[Tensor, Tensor]:
     """Images ``(B, 1, H, W)`` and masks ``(B, H, W)`` that no model is trained on."""
     data = Pathfinder(config=recipe.config, split="val", size=recipe.validation, seed=seed)
-    samples = data.__getitems__(range(recipe.validation))
-    return torch.stack([each["image"] for each in samples]), torch.stack([each["mask"] for each in samples])
+    return stacked(data, recipe.validation)
 
 
 def _task(recipe: Recipe, gradient: GradientMethod, seed: int, **settings: Any) -> ContourTask:
@@ -159,21 +152,15 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", r".*does not have many workers")
 
 
-@torch.no_grad()
 def _measure(net: PathfinderNet, recipe: Recipe, seed: int, *, images: int, seconds: float) -> Outcome:
     image, mask = validation(recipe, seed)
     late = 4 * recipe.steps
-    traced: Prediction = net(image[: recipe.examples], steps=late, every_step=True)
-    settled: Prediction = net(image[:RADII], steps=late)
-    assert traced.steps is not None
-    assert settled.run is not None
-    radius = crbp.spectral_radius(settled.run, per_sample=True, generator=torch.Generator().manual_seed(seed))
+    radius, converged = late_radius(net, image[:RADII], steps=late, seed=seed)
     return Outcome(
         weights=net.state_dict(),
         images=images,
         seconds=seconds,
-        trajectory=follow(net, zip(torch.split(image, BATCH), torch.split(mask, BATCH), strict=True), steps=late),
-        radius=radius.radius,
-        converged=radius.converged,
-        probability=traced.steps.softmax(dim=2)[:, :, 1],
+        trajectory=follow(net, image, mask, steps=late, shown=recipe.examples),
+        radius=radius,
+        converged=converged,
     )

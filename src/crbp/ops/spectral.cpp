@@ -40,7 +40,7 @@ struct Sizes {
     int64_t rows, columns;                           // of the plane in which they are transformed
     int64_t tall, wide;                              // of what one tile yields
     int64_t above, left;                             // half the kernel
-    int64_t panel;                                   // planes at a time
+    int64_t panel;                                   // planes at a time, at most
 
     int64_t down() const { return (height + tall - 1) / tall; }
     int64_t across() const { return (width + wide - 1) / wide; }
@@ -403,17 +403,18 @@ void apply(const T* images, const T* spectrum, T* results, const T* by_rows, con
     const int64_t in = blocks<T>(s.inputs), out = blocks<T>(s.outputs), size = s.size();
     const int64_t place = out <= 2 ? 0 : in, each = std::max(in, place + out) * size;  // up to two blocks replace inputs
     const int64_t stride = out * W, matrix = s.inputs * stride;
+    const int64_t together = std::max(int64_t(1), std::min(s.panel, s.planes() / threads));
     const Transforms<T> transforms{s, by_rows, by_columns};
-    V* const aligned_scratch = aligned(scratch);
+    V* const first_own = aligned(scratch);
 #pragma omp parallel num_threads(threads)
     {
-        V* const own = aligned_scratch + thread() * (s.panel * each + transforms.scratch());
+        V* const own = first_own + thread() * (together * each + transforms.scratch());
         V* const panel = own + transforms.scratch();
         V *x[2 * MOST], *y[2 * MOST];
         // Each thread by itself: panels stay in the cache of its core, and nobody waits for others but at the end.
 #pragma omp for schedule(dynamic)
-        for (int64_t first = 0; first < s.planes(); first += s.panel) {
-            const int64_t count = std::min(s.panel, s.planes() - first);
+        for (int64_t first = 0; first < s.planes(); first += together) {
+            const int64_t count = std::min(together, s.planes() - first);
             for (int64_t k = 0; k < count * in; ++k)
                 transforms.forward(images, s.inputs, k % in, true, first + k / in,
                                    panel + k / in * each + k % in * size, own);

@@ -291,11 +291,9 @@ def _correlate(
 ) -> Tensor:
     images, inputs, height, width = image.shape
     result = image.new_empty(images, outputs, height, width)
-    sizes = images, inputs, outputs, height, width, rows, columns, tall, wide, high // 2, broad // 2
-    # Planes at a time share what is read of the spectrum, should lie in a core's cache, and leave every thread some.
-    tiles = images * -(-height // tall) * -(-width // wide)
-    together = max(1, min(2, tiles // 2 // torch.get_num_threads()))
-    _call("apply", (image.contiguous(), spectrum.contiguous(), result), (*sizes, together))
+    # Two planes at a time share what is read of the spectrum, and lie in a core's cache.
+    sizes = images, inputs, outputs, height, width, rows, columns, tall, wide, high // 2, broad // 2, 2
+    _call("apply", (image.contiguous(), spectrum.contiguous(), result), sizes)
     return result
 
 
@@ -305,8 +303,9 @@ def _cross(
 ) -> Tensor:
     (images, inputs, height, width), outputs = image.shape, result.shape[1]
     found: Tensor = _empty_cross(image, result, rows, columns)
-    sizes = images, inputs, outputs, height, width, rows, columns, tall, wide, high // 2, broad // 2
-    _call("cross", (image.contiguous(), result.contiguous(), found), (*sizes, 4))
+    # Of four the sums are added to the spectrum at once, which is written out every time.
+    sizes = images, inputs, outputs, height, width, rows, columns, tall, wide, high // 2, broad // 2, 4
+    _call("cross", (image.contiguous(), result.contiguous(), found), sizes)
     return found
 
 

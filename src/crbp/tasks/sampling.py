@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 if TYPE_CHECKING:
@@ -131,6 +132,12 @@ def together(items: Dataset[Sample], indices: Sequence[int]) -> list[Sample]:
     make = getattr(items, "__getitems__", None)
     found: list[Sample] = make(indices) if make is not None else [items[index] for index in indices]
     return found
+
+
+def stacked(items: Dataset[Sample], count: int) -> tuple[Tensor, Tensor]:
+    """The first images ``(B, 1, H, W)`` of a data set and their masks ``(B, H, W)``."""
+    samples = together(items, range(count))
+    return torch.stack([each["image"] for each in samples]), torch.stack([each["mask"] for each in samples])
 
 
 def _turned(item: Sample, key: Key) -> Sample:
