@@ -23,11 +23,11 @@ def conv2d(image: Tensor, weight: Tensor, bias: Tensor | None = None, *, method:
     """Cross-correlate images with odd kernels, stride 1, zeros around: the size is kept.
 
     ``y[b, o, i, j] = Σ w[o, c, u, v] x[b, c, i + u − k/2, j + v − k/2]``, as `torch.nn.functional.conv2d` with
-    ``padding="same"``. By FFT it is a Fourier transform, one matrix product for each frequency, and the transform back:
-    the cost hardly depends on the kernel's size. It can be differentiated any number of times, but not batched by
-    ``vmap``. Inside `shared_spectra`, which `crbp.Evolve` opens for each run, a kernel is transformed once. On a CPU two
-    images, or two parts of one, are transformed together: rounding errors are relative to the larger values of the two,
-    and what is not finite spreads over both.
+    ``padding="same"``. By FFT it is a Fourier transform, one matrix product for each frequency, and the transform
+    back: the cost hardly depends on the kernel's size. It can be differentiated any number of times, but not batched
+    by ``vmap``. Inside `shared_spectra`, which `crbp.Evolve` opens for each run, a kernel is transformed once. On a
+    CPU two images, or two parts of one, are transformed together: rounding errors are relative to the larger values
+    of the two, and what is not finite spreads over both.
 
     Args:
         image: ``(B, C, H, W)``.
