@@ -51,6 +51,7 @@ SMALL_STEPS = {
 }  # N of the methods that need a steady state, by length of contour; the others take 6
 SMALL_LEAD_IN = {5: {3: 1_280}, 9: {3: 1_280, 6: 2_560}, 14: {3: 1_280, 6: 2_560, 10: 2_560}}  # dashes: images
 SMALL_SIZE = {5: 8_000, 9: 12_800, 14: 16_000}  # images seen in training
+SMALL_LONG = 24_000  # images seen where training goes on
 SMALL_SIDES = {3: 20, 5: 12, 9: 8}  # steps of C-RBP for each kernel size, 5 dashes
 
 
@@ -209,6 +210,30 @@ def small_rows() -> Iterator[tuple[str, str, dict[str, Any]]]:
             what = f"48×48 images, 5 dashes, hGRU, {METHODS[method]}, {steps} steps, {size}×{size} kernels"
             run = recurrent(small(5, steps), "small5", "hgru", method, steps, size)
             yield f"small5_hgru_{method}_k{size}", what, run
+    yield from long_rows()
+
+
+def long_rows() -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """C-RBP on contours of 5 dashes, trained on for long after it has learnt the task: what becomes of it, and why."""
+    length, steps = 5, SMALL_STEPS[5]
+    cured = small(length, steps)
+    cured = replace(cured, data={**cured.data, "train_size": SMALL_LONG})
+    plain = replace(
+        cured,
+        trainer={**cured.trainer, "gradient_clip_val": None},
+        task={**cured.task, "schedule": "constant", "warmup": 0.0},
+        contracting={},
+    )
+    published = replace(
+        PAPER, channels=cured.channels, trainer=plain.trainer, terms=cured.terms, data=cured.data, fused=True
+    )
+    for name, scale, title in (
+        ("long", cured, "trained on"),
+        ("plain", plain, "trained on at a constant rate, without clipping, rising penalty and drawn numbers of steps"),
+        ("published", published, "as published but for sizes: start, optimiser, rate, batch normalisation, penalty"),
+    ):
+        what = f"48×48 images, {length} dashes, hGRU, C-RBP, {steps} steps, {title}"
+        yield f"small5_hgru_crbp_{name}", what, recurrent(scale, "small5", "hgru", "crbp", steps, 7)
 
 
 def text(name: str, title: str, content: dict[str, Any]) -> str:

@@ -30,6 +30,7 @@ def load_script():
         # A dataclass looks its module up while it is made.
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(sys.modules, spec.name, module)
+            patch.syspath_prepend((ROOT / path).parent)  # as for a script that is run
             spec.loader.exec_module(module)
         return module
 

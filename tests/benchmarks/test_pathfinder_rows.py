@@ -11,10 +11,17 @@ from typing import Any
 import pytest
 import yaml
 
+from crbp.tasks import load_net
+
 
 @pytest.fixture
 def script(load_script: Callable[[str], ModuleType]) -> Any:
     return load_script("benchmarks/pathfinder.py")
+
+
+@pytest.fixture
+def results(load_script: Callable[[str], ModuleType]) -> Any:
+    return load_script("benchmarks/pathfinder_results.py")
 
 
 def test_an_unknown_row_is_named(script: Any) -> None:
@@ -25,7 +32,7 @@ def test_an_unknown_row_is_named(script: Any) -> None:
 
 @pytest.mark.slow
 def test_a_row_is_trained_analysed_and_set_into_the_table(
-    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    script: Any, results: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     content = yaml.safe_load((script.CONFIGS / "mini_hgru_crbp.yaml").read_text())
     content["trainer"] = {"max_epochs": 1, "limit_val_batches": 1}
@@ -40,11 +47,17 @@ def test_a_row_is_trained_analysed_and_set_into_the_table(
     assert (run / "made.json").read_text() == first
     unfinished = tmp_path / "runs" / "other" / "version_0"
     unfinished.mkdir(parents=True)
-    script.write([run, unfinished], tmp_path / "out")
+    monkeypatch.setattr(results, "TASKS", ("mini",))
+    results.write([run, unfinished], tmp_path / "out")
     (line,) = csv.DictReader((tmp_path / "out" / "table.csv").read_text().splitlines())
     assert (line["row"], line["task"], line["images"], line["steps"]) == ("tiny_hgru_crbp_seed3", "mini", "32", "8")
     assert line["seed"] == "3"
     assert 0 <= float(line["f1_at_4n"]) <= 1
     assert float(line["residual_at_4n"]) > 0
+    assert float(line["saved_mib"]) > 0
+    for name in ("accuracy", "beyond", "training"):
+        assert (tmp_path / "out" / f"{name}.png").stat().st_size > 1000
+    weights = load_net(tmp_path / "out" / "weights" / "tiny_hgru_crbp_seed3.safetensors")
+    assert sum(parameter.numel() for parameter in weights.parameters()) == int(line["parameters"])
     tags = {row["tag"] for row in csv.DictReader((tmp_path / "out" / "curves.csv").read_text().splitlines())}
     assert {"val/f1", "val/residual", "val/penalty"} <= tags

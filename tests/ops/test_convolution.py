@@ -92,13 +92,14 @@ def test_a_run_transforms_each_kernel_once(monkeypatch: pytest.MonkeyPatch, grad
     [crbp.BPTT(), crbp.TruncatedBPTT(window=2), crbp.CheckpointedBPTT(chunk=2), crbp.RBP(crbp.Neumann(terms=30))],
     ids=lambda method: type(method).__name__,
 )
-def test_gradients_of_runs_equal_those_by_the_direct_method(gradient: crbp.GradientMethod) -> None:
+@pytest.mark.parametrize("channels", [2, 16])  # by PyTorch and natively
+def test_gradients_of_runs_equal_those_by_the_direct_method(gradient: crbp.GradientMethod, channels: int) -> None:
     torch.manual_seed(0)
-    drive = torch.randn(2, 2, 8, 8, dtype=torch.float64)
+    drive = torch.randn(2, channels, 8, 8, dtype=torch.float64)
     found = []
     for method in ("fft", "direct"):
         torch.manual_seed(1)
-        cell = crbp.cells.HGRU(2, 5, norm_scale=1.0).double()
+        cell = crbp.cells.HGRU(channels, 5, norm_scale=1.0).double()
         cell.inhibition.method = cell.excitation.method = method  # type: ignore[assignment]
         run = crbp.Evolve(steps=6, gradient=gradient)(lambda h, cell=cell: cell(h, drive), torch.zeros_like(drive))
         (run.state.square().sum() + crbp.lipschitz_penalty(run, bound=0.0)).backward()
@@ -145,7 +146,7 @@ def test_inference_tensors_and_transforms_are_taken() -> None:
 
 
 def test_a_product_for_the_state_alone_leaves_the_kernel_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    image, weight = pair(SHAPES[0])
+    image, weight = pair((2, 16, 16, (9, 12), (5, 5)))
     calls: list[str] = []
     original = spectral._Cross.forward
     monkeypatch.setattr(spectral._Cross, "forward", staticmethod(lambda *a: calls.append("cross") or original(*a)))
@@ -176,6 +177,7 @@ def test_the_choice_follows_kernel_dtype_and_surroundings() -> None:
         (torch.randn(1, 2, 8, 8), torch.randn(2, 2, 3, 3, device="meta"), {"method": "fft"}, "one dtype and device"),
         (torch.randn(1, 2, 8, 8), torch.randn(2, 3, 3, 3), {"method": "fft"}, "images of 2 channels"),
         (torch.randn(1, 2, 8, 8), torch.randn(0, 2, 3, 3), {"method": "fft"}, "cannot take images"),
+        (torch.randn(1, 2, 0, 8), torch.randn(2, 2, 3, 3), {"method": "fft"}, "no pixel"),
         (torch.randn(1, 2, 8, 8).bfloat16(), torch.randn(2, 2, 3, 3).bfloat16(), {"method": "fft"}, "bfloat16"),
     ],
 )

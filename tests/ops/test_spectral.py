@@ -45,7 +45,7 @@ def test_native_correlations_are_direct_ones_with_their_gradients(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        ours = spectral.correlate(image, spectral.spectrum(weight, frame), None, frame, outputs)
+        ours = spectral.correlate(image, spectral.spectrum(weight, frame), frame, outputs)
         theirs = F.conv2d(image, weight, padding="same")
         assert relative(ours.detach(), theirs.detach()) < precision
         gradient = torch.randn_like(theirs)
@@ -68,7 +68,7 @@ def test_native_tiles_pass_gradcheck_twice(plane: spectral.Sides) -> None:
     frame = spectral.Frame(plane, (plane[0] - 4, 10 if plane[1] == 12 else plane[1] - 2), (5, 3), native=True)
 
     def tiled(image: Tensor, weight: Tensor) -> Tensor:
-        return spectral.correlate(image, spectral.spectrum(weight, frame), None, frame, 3)
+        return spectral.correlate(image, spectral.spectrum(weight, frame), frame, 3)
 
     assert torch.autograd.gradcheck(tiled, (image, weight))
     assert torch.autograd.gradgradcheck(tiled, (image, weight))
@@ -103,7 +103,7 @@ def test_by_pytorch_it_is_the_direct_one_too(shape: tuple[int, int, int, spectra
     frame = spectral.frame_for(images, size, kernel, inputs, outputs, native=False)
 
     def whole(image: Tensor, weight: Tensor) -> Tensor:
-        return spectral.correlate(image, spectral.spectrum(weight, frame), None, frame, outputs)
+        return spectral.correlate(image, spectral.spectrum(weight, frame), frame, outputs)
 
     torch.testing.assert_close(whole(image, weight), F.conv2d(image, weight, padding="same"))
     assert torch.autograd.gradcheck(whole, (image, weight))
@@ -134,8 +134,8 @@ def test_without_a_compiler_it_says_so_and_goes_on(
 ) -> None:
     monkeypatch.setenv("CXX", compiler)
     with pytest.warns(RuntimeWarning, match=r"C\+\+ compiler.*is needed"):
-        found = ops.conv2d(torch.ones(1, 1, 4, 4), torch.ones(1, 1, 3, 3), method="fft")
-    torch.testing.assert_close(found[0, 0, 1], torch.tensor([6.0, 9.0, 9.0, 6.0]))
+        found = ops.conv2d(torch.ones(2, 16, 8, 8), torch.ones(16, 16, 3, 3), method="fft")
+    torch.testing.assert_close(found[0, 0, 1, 5:] / 16, torch.tensor([9.0, 9.0, 6.0]))
     assert not list(no_library_yet.glob("*.so"))
 
 
@@ -151,6 +151,48 @@ def test_many_channels_are_left_to_a_library() -> None:
     torch.testing.assert_close(
         ops.conv2d(image, weight, method="fft"), ops.conv2d(image, weight, method="direct"), rtol=1e-4, atol=1e-3
     )
+
+
+def test_few_channels_of_large_images_are_left_to_pytorch() -> None:
+    (_, first), (_, second) = convolution._frames(torch.empty(2, 1, 256, 256), torch.empty(1, 1, 7, 7))
+    assert (first.native, second.native) == (False, True)
+
+
+@needs_compiler
+def test_under_autocast_a_forced_fft_stays_in_single_precision() -> None:
+    image, weight = torch.randn(2, 16, 12, 12), torch.randn(16, 16, 5, 5, requires_grad=True)
+    wanted = F.conv2d(image, weight, padding="same")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = ops.conv2d(image, weight, method="fft")
+        (gradient,) = torch.autograd.grad(found.sum(), weight)
+    assert relative(found.detach(), wanted.detach()) < 1e-5
+    assert relative(gradient, torch.autograd.grad(wanted.sum(), weight)[0]) < 1e-5
+
+
+@pytest.mark.parametrize("channels", [2, 16])
+def test_no_image_gives_a_gradient_of_zero(channels: int) -> None:
+    weight = torch.randn(channels, channels, 3, 3, requires_grad=True)
+    ops.conv2d(torch.empty(0, channels, 8, 8), weight, method="fft").sum().backward()
+    assert weight.grad is not None
+    assert not weight.grad.any()
+    assert not ops.prefers_fft(torch.empty(1, channels, 0, 8), weight)
+
+
+@needs_compiler
+def test_an_adjoint_is_computed_once_with_and_once_without_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    image = torch.randn(2, 16, 12, 12, requires_grad=True)
+    layer, made = ops.Conv2d(16, 16, 5, method="fft"), []
+    original = spectral._filled
+    monkeypatch.setattr(spectral, "_filled", lambda kernels: made.append(1) or original(kernels))
+    with ops.shared_spectra():
+        result = layer(layer(image))
+    made.clear()
+    for _ in range(3):
+        torch.autograd.grad(result.sum(), image, retain_graph=True)
+    assert len(made) == 1
+    for _ in range(3):
+        torch.autograd.grad(result.sum(), image, create_graph=True)
+    assert len(made) == 2
 
 
 @needs_compiler

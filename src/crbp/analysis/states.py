@@ -14,6 +14,7 @@ from crbp._checks import count
 from crbp._tree import flatten_state
 from crbp.analysis.trajectory import states_of
 from crbp.models import PathfinderNet
+from crbp.ops import shared_spectra
 
 BUDGET = 2**30  # bytes of states kept at once
 
@@ -65,10 +66,11 @@ def state_space(net: PathfinderNet, image: Tensor, *, trained: int, steps: int) 
     elements = sum(leaf.numel() for leaf in flatten_state(net.cell.initial_state(net.drive(image[:1])))[0])
     image = image[: max(2, BUDGET // (4 * elements * steps))]
     states = torch.empty(steps, len(image), elements)
-    for t, (_, state) in enumerate(states_of(net, image, steps=steps)):
-        states[t] = torch.cat([leaf.flatten(1).float() for leaf in flatten_state(state)[0]], dim=1)
-        if not bool(states[t].isfinite().all()):
-            raise FloatingPointError(f"the state is not finite after step {t + 1}")
+    with shared_spectra():
+        for t, (_, state) in enumerate(states_of(net, image, steps=steps)):
+            states[t] = torch.cat([leaf.flatten(1).float() for leaf in flatten_state(state)[0]], dim=1)
+            if not bool(states[t].isfinite().all()):
+                raise FloatingPointError(f"the state is not finite after step {t + 1}")
     before, after = states[trained - 1], states[-1]
     moved = (after - before).norm(dim=1) / before.norm(dim=1).clamp_min(torch.finfo(before.dtype).tiny)
     coordinates, explained = _principal_axes(states)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,18 +36,17 @@ class Trajectory:
 
     def arrival(self, steps: int) -> Tensor:
         """Step from which on each pixel of the first images stays traced within ``steps``, ``(B, H, W)``."""
-        return torch.stack([arrival_steps(each) for each in self.probability[:steps].unbind(1)])
+        return arrival_steps(self.probability[:steps])
 
 
 def states_of(net: PathfinderNet, image: Tensor, *, steps: int) -> Iterator[tuple[Any, Any]]:
     """The states before and after each step."""
-    with shared_spectra():
-        drive = net.drive(image)
-        state = net.cell.initial_state(drive)
-        for _ in range(steps):
-            new = net.cell(state, drive)
-            yield state, new
-            state = new
+    drive = net.drive(image)
+    state = net.cell.initial_state(drive)
+    for _ in range(steps):
+        new = net.cell(state, drive)
+        yield state, new
+        state = new
 
 
 @torch.no_grad()
@@ -72,15 +71,16 @@ def follow(net: PathfinderNet, image: Tensor, mask: Tensor, *, steps: int, shown
         raise ValueError("there is no image to follow; give at least one")
     hits, marked, residual = torch.zeros(steps), torch.zeros(steps), torch.zeros(steps)
     probability = torch.zeros(steps, shown, *mask.shape[1:])
-    for first, (some, wanted) in enumerate(zip(torch.split(image, BATCH), torch.split(mask, BATCH), strict=True)):
-        for t, (before, state) in enumerate(states_of(net, some, steps=steps)):
-            residual[t] += _residual_per_image(before, state).sum().cpu()
-            logits = net.read(state)
-            traced = logits.argmax(dim=1).bool()
-            hits[t] += (traced & wanted).sum().cpu()
-            marked[t] += traced.sum().cpu()
-            if first == 0:
-                probability[t] = logits[:shown].softmax(dim=1)[:, 1].cpu()
+    with shared_spectra():
+        for first, (some, wanted) in enumerate(zip(torch.split(image, BATCH), torch.split(mask, BATCH), strict=True)):
+            for t, (before, state) in enumerate(states_of(net, some, steps=steps)):
+                residual[t] += _residual_per_image(before, state).sum().cpu()
+                logits = net.read(state)
+                traced = logits.argmax(dim=1).bool()
+                hits[t] += (traced & wanted).sum().cpu()
+                marked[t] += traced.sum().cpu()
+                if first == 0:
+                    probability[t] = logits[:shown].softmax(dim=1)[:, 1].cpu()
     f1 = 2 * hits / (marked + int(mask.sum())).clamp_min(1)
     return Trajectory(f1=f1, residual=residual / len(image), probability=probability)
 
@@ -92,7 +92,7 @@ def late_radius(net: PathfinderNet, image: Tensor, *, steps: int, seed: int = 0)
     Batches of images of which a state is not finite are left out.
 
     Args:
-        net: a recurrent model.
+        net: a recurrent model; a tolerance does not end its run early here.
         image: ``(B, 1, H, W)``.
         steps: how far to run.
         seed: of the power iteration's first vectors.
@@ -101,14 +101,19 @@ def late_radius(net: PathfinderNet, image: Tensor, *, steps: int, seed: int = 0)
         ``(B′,)`` and ``(B′,)`` of bool, see `crbp.spectral_radius`.
     """
     radius, converged = [torch.empty(0)], [torch.empty(0, dtype=torch.bool)]
-    for some in torch.split(image, BATCH):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", crbp.DivergenceWarning)  # told by what is left out
-            run = net(some, steps=steps).run
-        if math.isfinite(run.report.residual):
-            found = crbp.spectral_radius(run, per_sample=True, generator=torch.Generator().manual_seed(seed))
-            radius.append(found.radius)
-            converged.append(found.converged)
+    kept, net.evolve = net.evolve, replace(net.evolve, tolerance=None, on_divergence="warn")
+    try:
+        for some in torch.split(image, BATCH):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", crbp.DivergenceWarning)  # told by what is left out
+                run = net(some, steps=steps).run
+            if math.isfinite(run.report.residual):
+                generator = torch.Generator(some.device).manual_seed(seed)
+                found = crbp.spectral_radius(run, per_sample=True, generator=generator)
+                radius.append(found.radius.cpu())
+                converged.append(found.converged.cpu())
+    finally:
+        net.evolve = kept
     return torch.cat(radius), torch.cat(converged)
 
 
@@ -126,11 +131,11 @@ def arrival_steps(probability: Tensor, *, threshold: float = 0.5) -> Tensor:
     """Step from which on each pixel stays on the traced contour.
 
     Args:
-        probability: of the target after step 1 … T, ``(T, H, W)``.
+        probability: of the target after step 1 … T, ``(T, …)``.
         threshold: above which a pixel counts as traced.
 
     Returns:
-        ``(H, W)`` of whole numbers 1 … T, and 0 where the pixel is not traced at the end.
+        ``(…)`` of whole numbers 1 … T, and 0 where the pixel is not traced at the end.
     """
     traced = probability > threshold
     lasting = traced.flip(0).long().cumprod(dim=0).sum(dim=0)

@@ -39,13 +39,15 @@ def found() -> ctypes.CDLL | None:
             stacklevel=2,
         )
         return None
-    for name in ("vector_bytes", "scratch_float32", "scratch_float64"):
-        getattr(library, name).restype = ctypes.c_int64
+    library.vector_bytes.restype = ctypes.c_int64
+    for name in ("apply", "cross"):
+        for dtype in ("float32", "float64"):
+            getattr(library, f"{name}_scratch_{dtype}").restype = ctypes.c_int64
     return library
 
 
 def _build() -> Path:
-    """The compiled library, from the cache, or compiled into it: a second or two, once for a machine."""
+    """The compiled library, from the cache, or compiled into it: in some seconds, once for a machine."""
     named = os.environ.get("CXX")
     on_path = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     if named is None and on_path is None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from crbp._checks import choice, count
 from crbp.ops._native import found
-from crbp.ops.spectral import LANES, Frame, adjoint, correlate, frame_for, native_suits, spectrum
+from crbp.ops.spectral import LANES, Adjoint, Frame, correlate, frame_for, native_suits, spectrum
 
 Method = Literal["auto", "direct", "fft"]
 
@@ -25,9 +25,9 @@ def conv2d(image: Tensor, weight: Tensor, bias: Tensor | None = None, *, method:
     ``y[b, o, i, j] = Σ w[o, c, u, v] x[b, c, i + u − k/2, j + v − k/2]``, as `torch.nn.functional.conv2d` with
     ``padding="same"``. By FFT it is a Fourier transform, one matrix product for each frequency, and the transform
     back: the cost hardly depends on the kernel's size. It can be differentiated any number of times, but not batched
-    by ``vmap``. Inside `shared_spectra`, which `crbp.Evolve` opens for each run, a kernel is transformed once. On a
-    CPU two images, or two parts of one, are transformed together: rounding errors are relative to the larger values
-    of the two, and what is not finite spreads over both.
+    by ``vmap``. Inside `shared_spectra`, which `crbp.Evolve` opens for each run, a kernel is transformed once. By
+    native code two images, or two parts of one, are transformed together: rounding errors are relative to the larger
+    values of the two, and what is not finite spreads over both.
 
     Args:
         image: ``(B, C, H, W)``.
@@ -60,17 +60,27 @@ def conv2d(image: Tensor, weight: Tensor, bias: Tensor | None = None, *, method:
         )
     if image.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"there is no FFT for images of {image.dtype}; choose method='direct' or float32")
-    frame = _frame(image, weight, native=native_suits(image.device, *weight.shape[:2]) and found() is not None)
-    transformed, reverse = _spectra_of(weight, frame)
-    result = correlate(image, transformed, reverse, frame, weight.shape[0])
+    if image.numel() == 0 and image.shape[0] != 0:
+        raise ValueError(f"images of shape {tuple(image.shape)} have no pixel")
+    frame = next(frame for _, frame in _frames(image, weight) if not frame.native or found() is not None)
+    transformed, adjoint = _spectrum_of(weight, frame)
+    result = correlate(image, transformed, frame, weight.shape[0], adjoint)
     return result if bias is None else result + bias[:, None, None]
 
 
-def _frame(image: Tensor, weight: Tensor, *, native: bool) -> Frame:
-    images, _, height, width = image.shape
-    outputs, inputs, high, broad = weight.shape
-    threads = torch.get_num_threads()
-    return frame_for(images, (height, width), (high, broad), inputs, outputs, native=native, threads=threads)
+def _frames(image: Tensor, weight: Tensor) -> list[tuple[float, Frame]]:
+    """The planes that could be taken and what they cost, the cheapest first."""
+    images, _, *size = image.shape
+    outputs, inputs, *kernel = weight.shape
+    threads, frames = torch.get_num_threads(), []
+    for native in (True, False):
+        if native and not native_suits(image.device, inputs, outputs):
+            continue
+        frame = frame_for(
+            images, (size[0], size[1]), (kernel[0], kernel[1]), inputs, outputs, native=native, threads=threads
+        )
+        frames.append((frame.cost(images, (size[0], size[1]), inputs, outputs, threads), frame))
+    return sorted(frames, key=lambda pair: pair[0])
 
 
 def prefers_fft(image: Tensor, weight: Tensor) -> bool:
@@ -79,7 +89,7 @@ def prefers_fft(image: Tensor, weight: Tensor) -> bool:
     Elsewhere, in lower precision, under autocast, inside `torch.compile` and under the transforms of `torch.func` and
     forward differentiation the direct method is taken.
     """
-    if image.ndim != 4 or image.shape[0] == 0:
+    if image.ndim != 4 or image.numel() == 0 or weight.numel() == 0:
         return False
     if image.device.type != "cpu" or image.dtype not in (torch.float32, torch.float64):
         return False
@@ -88,19 +98,12 @@ def prefers_fft(image: Tensor, weight: Tensor) -> bool:
     if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
         return False
     outputs, inputs, high, broad = weight.shape
-    images, _, height, width = image.shape
-    threads = torch.get_num_threads()
-    pixels = images * height * width
+    pixels = image.shape[0] * image.shape[2] * image.shape[3]
     # Outputs are computed by whole vectors; numbers of channels that fill none take longer.
-    direct = pixels * (high * broad * inputs * (-(-outputs // LANES) * LANES) + COPY * (inputs + outputs)) / threads
-    direct *= 1.0 if inputs % LANES == outputs % LANES == 0 else 1.4
-
-    def cheaper(*, native: bool) -> bool:
-        return _frame(image, weight, native=native).cost(images, (height, width), inputs, outputs, threads) < direct
-
+    direct = pixels * (high * broad * inputs * (-(-outputs // LANES) * LANES) + COPY * (inputs + outputs))
+    direct *= (1.0 if inputs % LANES == outputs % LANES == 0 else 1.4) / torch.get_num_threads()
     # It is compiled where it is worth it.
-    by_native = native_suits(image.device, inputs, outputs) and cheaper(native=True) and found() is not None
-    return by_native or cheaper(native=False)
+    return any(cost < direct and (not frame.native or found() is not None) for cost, frame in _frames(image, weight))
 
 
 # What reading or writing a pixel takes, in multiply-adds of the direct method; fitted as `Frame.cost` is.
@@ -140,7 +143,7 @@ class Conv2d(nn.Conv2d):
 class _Shared(threading.local):
     """The spectra of the run that this thread is in, by kernel and frame."""
 
-    spectra: dict[Any, tuple[Tensor, Tensor | None, Tensor]] | None = None
+    spectra: dict[Any, tuple[Tensor, Adjoint, Tensor]] | None = None
     graph: bool = field(default=False)
 
 
@@ -162,18 +165,15 @@ def shared_spectra() -> Iterator[None]:
         _shared.spectra, _shared.graph = before
 
 
-def _spectra_of(weight: Tensor, frame: Frame) -> tuple[Tensor, Tensor | None]:
-    """The spectrum of a kernel and, for derivatives by native code, that of its adjoint."""
+def _spectrum_of(weight: Tensor, frame: Frame) -> tuple[Tensor, Adjoint]:
     # A weight that is itself computed is another one at every step: only what outlives the run is worth keeping.
     lasting = isinstance(weight, nn.Parameter) or (weight.is_leaf and weight.requires_grad)
     if _shared.spectra is None or not lasting or weight.is_inference():
-        return spectrum(weight, frame), None
+        return spectrum(weight, frame), Adjoint()
     graph = _shared.graph or torch.is_grad_enabled()
     key = id(weight), weight._version, frame.size, frame.native, graph
     if key not in _shared.spectra:
         with torch.set_grad_enabled(graph):
-            found = spectrum(weight, frame)
-            reverse = adjoint(found, weight.shape[0]) if graph and frame.native else None
-        # The weight is kept as well, so that its id stays its own.
-        _shared.spectra[key] = found, reverse, weight
+            # The weight is kept as well, so that its id stays its own.
+            _shared.spectra[key] = spectrum(weight, frame), Adjoint(), weight
     return _shared.spectra[key][:2]

@@ -40,7 +40,6 @@ struct Sizes {
     int64_t rows, columns;                           // of the plane in which they are transformed
     int64_t tall, wide;                              // of what one tile yields
     int64_t above, left;                             // half the kernel
-    int64_t panel;                                   // planes at a time, at most
 
     int64_t down() const { return (height + tall - 1) / tall; }
     int64_t across() const { return (width + wide - 1) / wide; }
@@ -388,7 +387,29 @@ template <class T> typename Types<T>::V* aligned(T* scratch) {
     return reinterpret_cast<typename Types<T>::V*>((reinterpret_cast<uintptr_t>(scratch) + BYTES - 1) / BYTES * BYTES);
 }
 
-constexpr int64_t MOST = 16;  // planes of a panel
+// Planes of a panel, at most: in `apply` two share what is read of the spectrum and lie in a core's cache, in `cross` the
+// sums of four are added to the spectrum at once.
+constexpr int64_t APPLIED = 2, CROSSED = 4;
+
+// How planes lie in a panel, counted in blocks of W channels.
+template <class T> struct Panel {
+    int64_t in, out;  // blocks of inputs and of outputs
+    int64_t place;    // where the outputs begin
+    int64_t each;     // blocks of a plane
+    int64_t count;    // planes
+
+    static Panel applied(const Sizes& s, int threads) {
+        const int64_t in = blocks<T>(s.inputs), out = blocks<T>(s.outputs);
+        const int64_t place = out <= 2 ? 0 : in;  // up to two blocks are computed at once, and replace the inputs
+        const int64_t count = std::max(int64_t(1), std::min(APPLIED, s.planes() / threads));
+        return {in, out, place, std::max(in, place + out), count};
+    }
+
+    static Panel crossed(const Sizes& s) {
+        const int64_t in = blocks<T>(s.inputs), out = blocks<T>(s.outputs);
+        return {in, out, in, in + out, std::min(CROSSED, s.planes())};
+    }
+};
 
 // Where the vectors of a frequency and its negative lie in each plane of a panel.
 template <class V> void places(V* panel, int64_t count, int64_t each, int64_t here, int64_t there, V** found) {
@@ -400,21 +421,20 @@ template <class T>
 void apply(const T* images, const T* spectrum, T* results, const T* by_rows, const T* by_columns, T* scratch,
            const Sizes& s, int threads) {
     TYPES(T);
-    const int64_t in = blocks<T>(s.inputs), out = blocks<T>(s.outputs), size = s.size();
-    const int64_t place = out <= 2 ? 0 : in, each = std::max(in, place + out) * size;  // up to two blocks replace inputs
+    const auto p = Panel<T>::applied(s, threads);
+    const int64_t in = p.in, out = p.out, place = p.place, size = s.size(), each = p.each * size;
     const int64_t stride = out * W, matrix = s.inputs * stride;
-    const int64_t together = std::max(int64_t(1), std::min(s.panel, s.planes() / threads));
     const Transforms<T> transforms{s, by_rows, by_columns};
     V* const first_own = aligned(scratch);
 #pragma omp parallel num_threads(threads)
     {
-        V* const own = first_own + thread() * (together * each + transforms.scratch());
+        V* const own = first_own + thread() * (p.count * each + transforms.scratch());
         V* const panel = own + transforms.scratch();
-        V *x[2 * MOST], *y[2 * MOST];
+        V *x[2 * APPLIED], *y[2 * APPLIED];
         // Each thread by itself: panels stay in the cache of its core, and nobody waits for others but at the end.
 #pragma omp for schedule(dynamic)
-        for (int64_t first = 0; first < s.planes(); first += together) {
-            const int64_t count = std::min(together, s.planes() - first);
+        for (int64_t first = 0; first < s.planes(); first += p.count) {
+            const int64_t count = std::min(p.count, s.planes() - first);
             for (int64_t k = 0; k < count * in; ++k)
                 transforms.forward(images, s.inputs, k % in, true, first + k / in,
                                    panel + k / in * each + k % in * size, own);
@@ -470,16 +490,17 @@ template <class T>
 void cross(const T* images, const T* results, T* spectrum, const T* by_rows, const T* by_columns, T* scratch,
            const Sizes& s, int threads) {
     TYPES(T);
-    const int64_t in = blocks<T>(s.inputs), out = blocks<T>(s.outputs), size = s.size(), each = (in + out) * size;
+    const auto p = Panel<T>::crossed(s);
+    const int64_t in = p.in, out = p.out, size = s.size(), each = p.each * size;
     const int64_t stride = out * W, matrix = s.inputs * stride;
     const Transforms<T> transforms{s, by_rows, by_columns};
-    V *const panel = aligned(scratch), *const rest = panel + s.panel * each;
+    V *const panel = aligned(scratch), *const rest = panel + p.count * each;
 #pragma omp parallel num_threads(threads)
     {
         V* const own = rest + thread() * transforms.scratch();
-        V *x[2 * MOST], *y[2 * MOST];
-        for (int64_t first = 0; first < s.planes(); first += s.panel) {
-            const int64_t count = std::min(s.panel, s.planes() - first);
+        V *x[2 * CROSSED], *y[2 * CROSSED];
+        for (int64_t first = 0; first < s.planes(); first += p.count) {
+            const int64_t count = std::min(p.count, s.planes() - first);
 #pragma omp for schedule(static)
             for (int64_t k = 0; k < count * (in + out); ++k) {
                 const int64_t index = first + k / (in + out), block = k % (in + out);
@@ -521,10 +542,15 @@ void cross(const T* images, const T* results, T* spectrum, const T* by_rows, con
                       T* scratch, const Sizes* sizes, int threads) {                                                \
         cross<T>(images, results, spectrum, by_rows, by_columns, scratch, *sizes, threads);                         \
     }                                                                                                               \
-    int64_t scratch_##NAME(const Sizes* s, int threads) {                                                           \
-        const int64_t planes = s->panel * (blocks<T>(s->inputs) + blocks<T>(s->outputs));                           \
+    int64_t apply_scratch_##NAME(const Sizes* s, int threads) {                                                     \
+        const auto p = Panel<T>::applied(*s, threads);                                                              \
         const Transforms<T> transforms{*s, nullptr, nullptr};                                                       \
-        return (threads * (planes * s->size() + transforms.scratch()) + 1) * Types<T>::W;                             \
+        return (threads * (p.count * p.each * s->size() + transforms.scratch()) + 1) * Types<T>::W;                 \
+    }                                                                                                               \
+    int64_t cross_scratch_##NAME(const Sizes* s, int threads) {                                                     \
+        const auto p = Panel<T>::crossed(*s);                                                                       \
+        const Transforms<T> transforms{*s, nullptr, nullptr};                                                       \
+        return (p.count * p.each * s->size() + threads * transforms.scratch() + 1) * Types<T>::W;                   \
     }
 
 extern "C" {

@@ -57,9 +57,8 @@ class Frame:
         """Of a convolution on a CPU, in multiply-adds of the direct method on one thread, by fits to what it takes."""
         points = math.prod(self.size)
         if not self.native:
-            # Of the products the spectrum is read once for all images.
-            spectrum = inputs * outputs * (MATRIX + MATRIX_READ / images)
-            return CALL + images * points * (MATRIX_TRANSFORM * (inputs + outputs) + spectrum) / threads
+            each = MATRIX_TRANSFORM * (inputs + outputs) + MATRIX * inputs * outputs
+            return CALL + points * (images * each + MATRIX_READ * inputs * outputs) / threads
         into, out = (-(-channels // LANES) for channels in (inputs, outputs))
         passes = sum(len(factors(size)) for size in self.size)
         plane, spectra = (2 * BYTES * LANES * points * each for each in (max(into, out), inputs * out / 2))
@@ -73,6 +72,7 @@ CALL = 6e6
 # Natively for each point of a plane: a pass over the vectors of 16 channels, and a product of one input with 16
 # outputs; they take longer where a plane is larger than a core's cache, or the spectrum larger than what cores share.
 LANES, BYTES, PASS, PRODUCT, CORE, SHARED = 16, 4, 500.0, 200.0, 1e6, 2e7
+LARGEST = 256  # side of a plane that is tried, but for kernels that need more
 # By PyTorch: transforms and their copies for each channel; products, and reading the spectrum for them.
 MATRIX_TRANSFORM, MATRIX, MATRIX_READ = 120.0, 6.0, 30.0
 
@@ -81,13 +81,14 @@ MATRIX_TRANSFORM, MATRIX, MATRIX_READ = 120.0, 6.0, 30.0
 def frame_for(
     images: int, image: Sides, kernel: Sides, inputs: int, outputs: int, *, native: bool, threads: int = 1
 ) -> Frame:
-    """The plane expected to be the fastest."""
-    frames = [
-        Frame(size, tuple(map(_tile, image, size, kernel)), kernel, native)  # type: ignore[arg-type]
-        for size in product(*map(_sizes, image, kernel))
-    ]
+    """The plane expected to be the fastest; for PyTorch the smallest for the whole image."""
     if not native:
-        return frames[-1]
+        size = _whole(image[0], kernel[0]), _whole(image[1], kernel[1])
+        return Frame(size, image, kernel, native)
+    frames = (
+        Frame(size, (_tile(image[0], size[0], kernel[0]), _tile(image[1], size[1], kernel[1])), kernel, native)
+        for size in product(_sizes(image[0], kernel[0]), _sizes(image[1], kernel[1]))
+    )
     return min(frames, key=lambda frame: frame.cost(images, image, inputs, outputs, threads))
 
 
@@ -95,12 +96,27 @@ def _tile(image: int, plane: int, kernel: int) -> int:
     return image if plane >= image + kernel // 2 else plane - kernel + 1
 
 
+def _whole(image: int, kernel: int) -> int:
+    size = max(8, image + kernel // 2, kernel)
+    size += size % 2
+    while not factors(size):
+        size += 2
+    return size
+
+
 def _sizes(image: int, kernel: int) -> list[int]:
-    """Planes from two pixels a tile up to the smallest for the whole image."""
-    sizes = [max(8, kernel + 1)]
-    while not factors(sizes[-1]) or sizes[-1] < image + kernel // 2:
-        sizes.append(sizes[-1] + 2)
-    return [size for size in sizes if factors(size)]
+    """Planes worth trying: for each number of tiles those that no smaller one with as few passes takes the place of."""
+    most = min(_whole(image, kernel), max(LARGEST, 4 * kernel))
+    passes: dict[int, int] = {}
+    sizes = []
+    for size in range(max(8, kernel + 1), most + 1, 2):
+        if not (found := factors(size)):
+            continue
+        tiles = -(-image // _tile(image, size, kernel))
+        if len(found) < passes.get(tiles, len(found) + 1):
+            passes[tiles] = len(found)
+            sizes.append(size)
+    return sizes
 
 
 @lru_cache(maxsize=4096)
@@ -143,72 +159,114 @@ class _Spectrum(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
         weight, ctx.frame = inputs
-        ctx.shape, ctx.dtype = weight.shape, weight.dtype
+        ctx.outputs = weight.shape[0]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return _Kernel.apply(gradient, ctx.frame, ctx.shape, ctx.dtype), None
+        return _Kernel.apply(gradient, ctx.frame, ctx.outputs), None
 
 
 class _Kernel(torch.autograd.Function):
     """The adjoint of `_Spectrum`."""
 
     @staticmethod
-    def forward(spectrum: Tensor, frame: Frame, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        with torch.enable_grad():
-            weight = spectrum.new_zeros(shape, dtype=dtype).requires_grad_()
-            (kernel,) = torch.autograd.grad(_transformed(weight, frame), weight, spectrum)
-        return kernel
+    def forward(spectrum: Tensor, frame: Frame, outputs: int) -> Tensor:
+        return _untransformed(spectrum, frame, outputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        _, ctx.frame, *_ = inputs
+        _, ctx.frame, _ = inputs
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return _Spectrum.apply(gradient, ctx.frame), None, None, None
+        return _Spectrum.apply(gradient, ctx.frame), None, None
+
+
+# A kernel has so few points that products with the waves are faster than a transform. Natively they are real, and in
+# the order that is wanted.
 
 
 def _transformed(weight: Tensor, frame: Frame) -> Tensor:
-    inputs, tall, wide = weight.shape[1:]
-    rows = _waves(frame.size[0], frame.size[0], tall, weight)
-    columns = _waves(frame.size[1], frame.half, wide, weight)
-    if not frame.native:
-        found = rows @ (weight.to(rows.dtype) @ columns.mT)
-        return _laid_out(found.flatten(2).permute(2, 1, 0))
-    # Of so few points, products with the waves are faster than a transform; in the order that is wanted, and real.
-    kernels = _filled(weight.permute(2, 3, 1, 0)).reshape(tall, wide, -1)
-    by_columns = torch.view_as_real(columns).mT.reshape(-1, wide) @ kernels
-    by_columns = by_columns.view(tall, frame.half, 2, -1).transpose(0, 1).reshape(frame.half, 2 * tall, -1)
-    real, imaginary = rows.real, rows.imag
+    rows, columns = _waves(frame, weight)
+    with torch.autocast(weight.device.type, enabled=False):
+        if not frame.native:
+            return _laid_out((rows @ (weight.to(rows.dtype) @ columns.mT)).flatten(2).permute(2, 1, 0))
+        inputs, tall, wide = weight.shape[1:]
+        kernels = _filled(weight.permute(2, 3, 1, 0)).reshape(tall, wide, -1)
+        by_columns = _pairs(columns) @ kernels
+        by_columns = by_columns.view(tall, frame.half, 2, -1).transpose(0, 1).reshape(frame.half, 2 * tall, -1)
+        return (_turns(rows) @ by_columns).view(frame.half, frame.size[0], 2, inputs, -1)
+
+
+def _untransformed(spectrum: Tensor, frame: Frame, outputs: int) -> Tensor:
+    rows, columns = _waves(frame, spectrum)
+    tall, wide = frame.kernel
+    with torch.autocast(spectrum.device.type, enabled=False):
+        if not frame.native:
+            planes = _laid_out(spectrum.permute(2, 1, 0)).view(outputs, -1, frame.size[0], frame.half)
+            kernels: Tensor = rows.mH @ (planes @ columns.conj())
+            return kernels.real.contiguous()
+        inputs = spectrum.shape[3]
+        by_columns = _turns(rows).mT @ spectrum.reshape(frame.half, 2 * frame.size[0], -1)
+        by_columns = by_columns.view(frame.half, tall, 2, -1).transpose(0, 1).reshape(tall, 2 * frame.half, -1)
+        kernels = (_pairs(columns).mT @ by_columns).view(tall, wide, inputs, -1)
+        return kernels[..., :outputs].permute(3, 2, 0, 1).contiguous()
+
+
+def _waves(frame: Frame, like: Tensor) -> tuple[Tensor, Tensor]:
+    """``exp(2πi f (p − ⌊k / 2⌋) / size)``, for frequencies f and points p of a kernel, ``(R, k)`` and ``(Q, k)``."""
+
+    def waves(size: int, frequencies: int, points: int) -> Tensor:
+        rate, place = (torch.arange(n, dtype=torch.float64, device=like.device) for n in (frequencies, points))
+        turns = 2 * torch.pi * torch.outer(rate, place - points // 2) / size
+        return torch.polar(torch.ones_like(turns), turns).to(like.dtype.to_complex())
+
+    return waves(frame.size[0], frame.size[0], frame.kernel[0]), waves(frame.size[1], frame.half, frame.kernel[1])
+
+
+def _pairs(waves: Tensor) -> Tensor:
+    """``(Q, k)``, complex, to its real and imaginary parts as ``(2 Q, k)``."""
+    return torch.view_as_real(waves).mT.reshape(-1, waves.shape[1])
+
+
+def _turns(waves: Tensor) -> Tensor:
+    """``(R, k)``, complex, to what multiplying by it does to pairs of real and imaginary part, ``(2 R, 2 k)``."""
+    real, imaginary = waves.real, waves.imag
     both = torch.stack([torch.stack([real, -imaginary], 2), torch.stack([imaginary, real], 2)], 1)
-    return (both.reshape(-1, 2 * tall) @ by_columns).view(frame.half, frame.size[0], 2, inputs, -1)
-
-
-def _waves(size: int, frequencies: int, points: int, like: Tensor) -> Tensor:
-    """``exp(2πi f (p − ⌊points / 2⌋) / size)``, for frequencies f and points p."""
-    rate, place = (torch.arange(n, dtype=torch.float64, device=like.device) for n in (frequencies, points))
-    turns = 2 * torch.pi * torch.outer(rate, place - points // 2) / size
-    return torch.polar(torch.ones_like(turns), turns).to(like.dtype.to_complex())
+    return both.reshape(2 * waves.shape[0], -1)
 
 
 def _filled(kernels: Tensor) -> Tensor:
     """The last dimension filled up with zeros to whole vectors."""
-    lanes = _native.library().vector_bytes() // kernels.dtype.itemsize
-    return F.pad(kernels, (0, -kernels.shape[-1] % lanes))
+    missing = -kernels.shape[-1] % _lanes(kernels.dtype)
+    return F.pad(kernels, (0, missing)) if missing else kernels
 
 
-def adjoint(native: Tensor, outputs: int) -> Tensor:
-    """A native spectrum of kernels to that of their adjoints: ``conj Sᵀ``."""
-    turned = native[..., :outputs].mT
-    real, imaginary = turned.unbind(2)
-    return _filled(torch.stack([real, -imaginary], 2))
+def _lanes(dtype: torch.dtype) -> int:
+    """Of a vector."""
+    lanes: int = _native.library().vector_bytes() // dtype.itemsize
+    return lanes
 
 
-def correlate(image: Tensor, spectrum: Tensor, reverse: Tensor | None, frame: Frame, outputs: int) -> Tensor:
-    """``(B, C, H, W)`` to ``(B, O, H, W)``; ``reverse`` is the adjoint of a native spectrum, for derivatives."""
+class Adjoint:
+    """``conj Sᵀ`` of one native spectrum S, computed when first asked for; with a graph where one is recorded."""
+
+    def __init__(self, known: Tensor | None = None) -> None:
+        self._found = {} if known is None else {True: known, False: known}
+
+    def of(self, spectrum: Tensor, outputs: int) -> Tensor:
+        """The adjoint's spectrum; both arguments are to be the same every time."""
+        graph = torch.is_grad_enabled()
+        if graph not in self._found:
+            real, imaginary = spectrum[..., :outputs].mT.unbind(2)
+            self._found[graph] = _filled(torch.stack([real, -imaginary], 2))
+        return self._found[graph]
+
+
+def correlate(image: Tensor, spectrum: Tensor, frame: Frame, outputs: int, adjoint: Adjoint | None = None) -> Tensor:
+    """``(B, C, H, W)`` to ``(B, O, H, W)``; a native spectrum that is used more than once comes with its adjoint."""
     if frame.native:
-        result: Tensor = _Correlate.apply(image, spectrum, reverse, frame, outputs)
+        result: Tensor = _Correlate.apply(image, spectrum, adjoint or Adjoint(), frame, outputs)
         return result
     height, width = image.shape[-2:]
     frequencies = torch.fft.rfft2(image, s=frame.size).flatten(2)
@@ -231,28 +289,24 @@ def _laid_out(spectrum: Tensor) -> Tensor:
 
 class _Correlate(torch.autograd.Function):
     @staticmethod
-    def forward(image: Tensor, spectrum: Tensor, reverse: Tensor | None, frame: Frame, outputs: int) -> Tensor:
+    def forward(image: Tensor, spectrum: Tensor, adjoint: Adjoint, frame: Frame, outputs: int) -> Tensor:
         found: Tensor = _correlate(image, spectrum, outputs, *frame.size, *frame.tile, *frame.kernel)
         return found
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        image, spectrum, reverse, ctx.frame, _ = inputs
-        ctx.save_for_backward(image, spectrum, reverse)
+        image, spectrum, ctx.adjoint, ctx.frame, ctx.outputs = inputs
+        ctx.save_for_backward(image, spectrum)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        image, spectrum, reverse = ctx.saved_tensors
+        image, spectrum = ctx.saved_tensors
         for_image, for_spectrum = wanted(ctx, 2)
-        if for_image and reverse is None:
-            reverse = adjoint(spectrum, gradient.shape[1])
-        return (
-            _Correlate.apply(gradient, reverse, spectrum, ctx.frame, image.shape[1]) if for_image else None,
-            _Cross.apply(image, gradient, ctx.frame) if for_spectrum else None,
-            None,
-            None,
-            None,
-        )
+        back = None
+        if for_image:
+            reverse = ctx.adjoint.of(spectrum, ctx.outputs)
+            back = _Correlate.apply(gradient, reverse, Adjoint(spectrum), ctx.frame, image.shape[1])
+        return back, _Cross.apply(image, gradient, ctx.frame) if for_spectrum else None, None, None, None
 
 
 class _Cross(torch.autograd.Function):
@@ -273,10 +327,10 @@ class _Cross(torch.autograd.Function):
         image, result = ctx.saved_tensors
         for_image, for_result = wanted(ctx, 2)
         inputs, outputs = image.shape[1], result.shape[1]
-        reverse = adjoint(gradient, outputs)
+        reverse = Adjoint().of(gradient, outputs)
         return (
-            _Correlate.apply(result, reverse, gradient, ctx.frame, inputs) if for_image else None,
-            _Correlate.apply(image, gradient, reverse, ctx.frame, outputs) if for_result else None,
+            _Correlate.apply(result, reverse, Adjoint(gradient), ctx.frame, inputs) if for_image else None,
+            _Correlate.apply(image, gradient, Adjoint(reverse), ctx.frame, outputs) if for_result else None,
             None,
         )
 
@@ -291,8 +345,7 @@ def _correlate(
 ) -> Tensor:
     images, inputs, height, width = image.shape
     result = image.new_empty(images, outputs, height, width)
-    # Two planes at a time share what is read of the spectrum, and lie in a core's cache.
-    sizes = images, inputs, outputs, height, width, rows, columns, tall, wide, high // 2, broad // 2, 2
+    sizes = images, inputs, outputs, height, width, rows, columns, tall, wide, high // 2, broad // 2
     _call("apply", (image.contiguous(), spectrum.contiguous(), result), sizes)
     return result
 
@@ -303,8 +356,9 @@ def _cross(
 ) -> Tensor:
     (images, inputs, height, width), outputs = image.shape, result.shape[1]
     found: Tensor = _empty_cross(image, result, rows, columns)
-    # Of four the sums are added to the spectrum at once, which is written out every time.
-    sizes = images, inputs, outputs, height, width, rows, columns, tall, wide, high // 2, broad // 2, 4
+    if images == 0:
+        return found.zero_()
+    sizes = images, inputs, outputs, height, width, rows, columns, tall, wide, high // 2, broad // 2
     _call("cross", (image.contiguous(), result.contiguous(), found), sizes)
     return found
 
@@ -316,18 +370,23 @@ def _empty_result(image: Tensor, spectrum: Tensor, outputs: int, *sizes: int) ->
 
 @_cross.register_fake
 def _empty_cross(image: Tensor, result: Tensor, rows: int, columns: int, *sizes: int) -> Tensor:
-    lanes = _native.library().vector_bytes() // image.dtype.itemsize
+    lanes = _lanes(image.dtype)
     outputs = -(-result.shape[1] // lanes) * lanes
     return image.new_empty(columns // 2 + 1, rows, 2, image.shape[1], outputs)
 
 
 def _call(name: str, tensors: tuple[Tensor, Tensor, Tensor], sizes: tuple[int, ...]) -> None:
     dtype, threads, native = tensors[0].dtype, torch.get_num_threads(), _native.library()
-    assert all(each.dtype == dtype and each.device.type == "cpu" for each in tensors)
+    if any(each.dtype != dtype or each.device.type != "cpu" for each in tensors):
+        raise TypeError(f"tensors of one dtype on the CPU are needed, not {[(t.dtype, t.device) for t in tensors]}")
+    if name == "apply":
+        tiles = sizes[0] * -(-sizes[3] // sizes[7]) * -(-sizes[4] // sizes[8])
+        threads = max(1, min(threads, -(-tiles // 2)))
     suffix = str(dtype).removeprefix("torch.")
-    given = (ctypes.c_int64 * 12)(*sizes)
-    scratch = torch.empty(getattr(native, f"scratch_{suffix}")(given, threads), dtype=dtype, device="cpu")
-    roots = (_roots(size, dtype) for size in sizes[5:7])
+    given = (ctypes.c_int64 * len(sizes))(*sizes)
+    vectors = getattr(native, f"{name}_scratch_{suffix}")(given, threads)
+    roots = [_roots(size, dtype) for size in sizes[5:7]]
+    scratch = torch.empty(vectors, dtype=dtype, device="cpu")
     passed = [ctypes.c_void_p(each.data_ptr()) for each in (*tensors, *roots, scratch)]
     getattr(native, f"{name}_{suffix}")(*passed, given, threads)
 

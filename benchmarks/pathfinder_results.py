@@ -1,0 +1,248 @@
+"""Set the table of the rows of contour tracing that have been trained, and draw the figures.
+
+    python benchmarks/pathfinder_results.py 'small*' --out results/pathfinder
+
+Reads the runs of `pathfinder.py`; rows that are not finished are left out. Weights are copied beside the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import shutil
+import statistics
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pathfinder
+import torch
+import yaml
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from pathfinder import ROOT, TASKS, label
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from crbp import DivergenceWarning
+from crbp.analysis import memory_curve
+from crbp.data.pathfinder import PathfinderConfig
+from crbp.models import FeedForwardNet, PathfinderNet
+from crbp.tasks import load_net
+
+METHODS = {
+    "crbp": "C-RBP", "rbp": "RBP", "bptt": "BPTT", "cbptt": "C-BPTT", "truncated": "truncated BPTT",
+    "allsteps": "BPTT, loss at all steps", "feedforward": "feed-forward",
+}  # fmt: skip
+COLOURS = dict(zip(METHODS, ("#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#CC79A7", "#999999", "#000000"), strict=True))
+COLUMNS = (
+    "row", "task", "cell", "method", "variant", "kernel", "steps", "parameters", "images", "seconds", "saved_mib",
+    "f1_at_n", "f1_at_4n", "f1_best", "f1_best_at", "residual_at_4n", "stable_share", "ks_statistic", "moved",
+    "images_to_f1_0.9", "batch", "seed", "commit",
+)  # fmt: skip
+TAGS = ("val/f1", "val/residual", "val/spectral_radius", "val/penalty")
+Line = dict[str, Any]
+Curve = list[tuple[int, float]]
+
+
+def collect(run: Path) -> Line | None:
+    """One line of the table; None for a run that is not finished."""
+    if not (run / "made.json").exists():
+        return None
+    made = json.loads((run / "made.json").read_text())
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    net = config["model"]["init_args"]["net"]["init_args"]
+    data = config["data"]["init_args"]
+    task, batch = data["source"]["init_args"]["preset"], data["batch_size"]
+    _, cell, *rest = run.parent.name.removesuffix(f"_seed{made['seed']}").split("_")
+    if cell == "feedforward":
+        cell, rest = "", [cell, *rest]
+    loaded = load_net(run / "weights" / "last.safetensors")
+    f1 = curve(run, "val/f1")
+    line: Line = {
+        "row": run.parent.name,
+        "task": task,
+        "cell": cell,
+        "method": rest[0],
+        "variant": "_".join(rest[1:]),
+        "kernel": net.get("kernel_size") or net["cell"]["init_args"]["kernel_size"],
+        "steps": net.get("evolve", {}).get("steps", ""),
+        "parameters": sum(parameter.numel() for parameter in loaded.parameters()),
+        "batch": batch,
+        "images": data["train_size"] // batch * batch * config["trainer"]["max_epochs"],
+        "images_to_f1_0.9": next(((step + 1) * batch for step, value in f1 if value >= 0.9), ""),
+        **{key: made[key] for key in ("seconds", "seed", "commit")},
+    }
+    if isinstance(loaded, FeedForwardNet):
+        return {**line, "f1_at_n": f1[-1][1]}
+    assert isinstance(loaded, PathfinderNet)
+    found = analysis(run)
+    line |= {
+        "saved_mib": saved(loaded, PathfinderConfig.preset(task).image_size) / 2**20,
+        "f1_at_n": found["f1_at_n"],
+        "f1_at_4n": found["f1_at_end"],
+        "f1_best": found["f1_best"],
+        "f1_best_at": found["f1_best_at"],
+        "residual_at_4n": found["residual_at_end"],
+        "stable_share": found["stable_share"],
+        "ks_statistic": max(found["ks_statistic"]) if found["ks_statistic"] else "",
+        "moved": statistics.median(found["moved"]) if found["moved"] else "",
+    }
+    if task in TASKS:
+        line[f"best_on_{task}"] = found["f1_best"]
+    for other in TASKS:
+        if (folder := run / f"analysis_{other}").exists():
+            line[f"best_on_{other}"] = json.loads((folder / "analysis.json").read_text())["f1_best"]
+    return line
+
+
+def analysis(run: Path) -> dict[str, Any]:
+    """What `crbp analyze` found of a run on its own task."""
+    found: dict[str, Any] = json.loads((run / "analysis" / "analysis.json").read_text())
+    return found
+
+
+def saved(net: PathfinderNet, size: int) -> int:
+    """Bytes that autograd saves for one training image, without a penalty's."""
+    net.evolve = replace(net.evolve, on_divergence="warn")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DivergenceWarning)
+        image = torch.zeros(1, 1, size, size)
+        return memory_curve(net, image, gradient=net.evolve.gradient, steps=(net.evolve.steps,))[0]
+
+
+def curve(run: Path, tag: str) -> Curve:
+    """Optimiser step and value of what a run logged."""
+    logged = events(run)
+    return [(each.step, each.value) for each in logged.Scalars(tag)] if tag in logged.Tags()["scalars"] else []
+
+
+@cache
+def events(run: Path) -> EventAccumulator:
+    """All that a run logged."""
+    found = EventAccumulator(str(run), size_guidance={"scalars": 0})
+    found.Reload()
+    return found
+
+
+def write(runs: Iterable[Path], out: Path) -> None:
+    """The table and the curves as CSV files, the figures, and the weights."""
+    (out / "weights").mkdir(parents=True, exist_ok=True)
+    lines = {run: line for run in runs if (line := collect(run)) is not None}
+    with (out / "table.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*COLUMNS, *(f"best_on_{task}" for task in TASKS)], restval="")
+        writer.writeheader()
+        for line in lines.values():
+            writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in line.items()})
+    with (out / "curves.csv").open("w", newline="") as file:
+        curves = csv.writer(file)
+        curves.writerow(("row", "tag", "optimiser_step", "value"))
+        for run in lines:
+            for tag in TAGS:
+                curves.writerows((run.parent.name, tag, step, f"{value:.5g}") for step, value in curve(run, tag))
+    for run in lines:
+        shutil.copy(run / "weights" / "last.safetensors", out / "weights" / f"{run.parent.name}.safetensors")
+    for name, figure in figures(lines).items():
+        figure.savefig(out / f"{name}.png", dpi=140)
+    print(f"{len(lines)} rows in {out}")
+
+
+def figures(lines: Mapping[Path, Line]) -> dict[str, Figure]:
+    """Accuracy by task, F1 beyond the steps trained for, and what happens in training."""
+    plain = {run: line for run, line in lines.items() if not line["variant"]}
+    recurrent = {run: line for run, line in plain.items() if line["cell"]}
+    drawn = {"accuracy": accuracy(plain.values())} if plain else {}
+    return drawn | ({"beyond": beyond(recurrent), "training": training(recurrent)} if recurrent else {})
+
+
+def accuracy(lines: Iterable[Line]) -> Figure:
+    """F1 at N by task, a line for each cell and method, a dot for each seed."""
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    axes = figure.subplots()
+    found: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for line in lines:
+        found.setdefault((line["cell"], line["method"]), {}).setdefault(line["task"], []).append(line["f1_at_n"])
+    for (cell, method), by_task in found.items():
+        if not (places := [place for place, task in enumerate(TASKS) if task in by_task]):
+            continue
+        name = f"ConvLSTM, {METHODS[method]}" if cell == "convlstm" else METHODS[method]
+        style = {"color": COLOURS[method], "linestyle": "--" if cell == "convlstm" else "-"}
+        axes.plot(places, [float(np.mean(by_task[TASKS[place]])) for place in places], label=name, **style)
+        for place in places:
+            values = by_task[TASKS[place]]
+            axes.plot([place] * len(values), values, "o", color=COLOURS[method], markersize=4)
+    axes.set_xticks(range(len(TASKS)), TASKS)
+    axes.set(xlabel="task", ylabel="F1 at the steps trained for")
+    axes.legend(frameon=False, fontsize=7)
+    return figure
+
+
+def beyond(lines: Mapping[Path, Line]) -> Figure:
+    """F1 after every step up to 4N, a panel for each task, an hGRU's curve for each method."""
+    figure, panels = _panels(TASKS)
+    for run, line in lines.items():
+        if line["task"] in panels and line["cell"] == "hgru" and line["seed"] == 0:
+            f1 = analysis(run)["f1"]
+            axes = panels[line["task"]]
+            axes.plot(np.arange(1, len(f1) + 1) / line["steps"], f1, color=COLOURS[line["method"]])
+            axes.axvspan(0, 1, color="0.96", zorder=0)
+    panels[TASKS[0]].set_ylabel("F1")
+    for axes in panels.values():
+        axes.set_xlabel("steps / steps trained for")
+    _legend(figure, {line["method"] for line in lines.values()})
+    return figure
+
+
+def training(lines: Mapping[Path, Line]) -> Figure:
+    """F1, penalty and spectral radius through training, of the hGRU's rows on the middle task."""
+    names = {"val/f1": "F1", "val/penalty": "penalty", "val/spectral_radius": "spectral radius"}
+    figure, panels = _panels(list(names))
+    shown = {
+        run: line for run, line in lines.items() if (line["task"], line["cell"]) == (TASKS[len(TASKS) // 2], "hgru")
+    }
+    for run, line in shown.items():
+        for tag, axes in panels.items():
+            if line["seed"] == 0 and (found := curve(run, tag)):
+                steps, values = np.array(found).T
+                axes.plot((steps + 1) * line["batch"], values, color=COLOURS[line["method"]])
+    for tag, axes in panels.items():
+        axes.set(title=names[tag], xlabel="images seen")
+    panels["val/penalty"].set_yscale("symlog", linthresh=1e-6)
+    _legend(figure, {line["method"] for line in shown.values()})
+    return figure
+
+
+def _panels(names: Iterable[str]) -> tuple[Figure, dict[str, Axes]]:
+    names = list(names)
+    figure = Figure(figsize=(3.1 * len(names), 3.3), layout="constrained")
+    panels = dict(zip(names, figure.subplots(1, len(names), squeeze=False)[0], strict=True))
+    for name, axes in panels.items():
+        axes.set_title(name)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, panels
+
+
+def _legend(figure: Figure, methods: set[str]) -> None:
+    if not methods:
+        return
+    handles = [Line2D([], [], color=COLOURS[method], label=METHODS[method]) for method in METHODS if method in methods]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=8)
+
+
+def main() -> None:
+    """Set the table of the rows asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    pathfinder.add_rows(parser)
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "pathfinder")
+    options = parser.parse_args()
+    runs = (options.runs.resolve() / label(*row) / "version_0" for row in pathfinder.wanted(options))
+    write([run for run in runs if (run / "config.yaml").exists()], options.out)
+
+
+if __name__ == "__main__":
+    main()
