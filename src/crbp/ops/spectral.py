@@ -58,7 +58,7 @@ class Frame:
         points = math.prod(self.size)
         if not self.native:
             each = MATRIX_TRANSFORM * (inputs + outputs) + MATRIX * inputs * outputs
-            return CALL + points * (images * each + MATRIX_READ * inputs * outputs) / threads
+            return MATRIX_CALL + points * (images * each + MATRIX_READ * inputs * outputs) / threads
         into, out = (-(-channels // LANES) for channels in (inputs, outputs))
         passes = sum(len(factors(size)) for size in self.size)
         plane, spectra = (2 * BYTES * LANES * points * each for each in (max(into, out), inputs * out / 2))
@@ -67,14 +67,14 @@ class Frame:
         return CALL + -(-self.planes(images, image) // threads) * points * each
 
 
-# Fitted to times that `benchmarks/convolution.py` measures. For each call more than for a direct one.
+# Fitted to times of single calls (`benchmarks/convolution.py` judges them). For each call more than for a direct one.
 CALL = 6e6
 # Natively for each point of a plane: a pass over the vectors of 16 channels, and a product of one input with 16
 # outputs; they take longer where a plane is larger than a core's cache, or the spectrum larger than what cores share.
-LANES, BYTES, PASS, PRODUCT, CORE, SHARED = 16, 4, 500.0, 200.0, 1e6, 2e7
+LANES, BYTES, PASS, PRODUCT, CORE, SHARED = 16, 4, 500.0, 200.0, 2.0**20, 2e7
 LARGEST = 256  # side of a plane that is tried, but for kernels that need more
-# By PyTorch: transforms and their copies for each channel; products, and reading the spectrum for them.
-MATRIX_TRANSFORM, MATRIX, MATRIX_READ = 120.0, 6.0, 30.0
+# By PyTorch: a call, transforms and their copies for each channel, products, and reading the spectrum for them.
+MATRIX_CALL, MATRIX_TRANSFORM, MATRIX, MATRIX_READ = 1.1e7, 340.0, 0.2, 15.0
 
 
 @lru_cache(maxsize=1024)
