@@ -249,24 +249,23 @@ def _lanes(dtype: torch.dtype) -> int:
 
 
 class Adjoint:
-    """``conj Sᵀ`` of one native spectrum S, computed when first asked for; with a graph where one is recorded."""
+    """``conj Sᵀ`` of one native spectrum S, computed when it is first asked for."""
 
-    def __init__(self, known: Tensor | None = None) -> None:
-        self._found = {} if known is None else {True: known, False: known}
+    def __init__(self) -> None:
+        self._found: Tensor | None = None
 
     def of(self, spectrum: Tensor, outputs: int) -> Tensor:
-        """The adjoint's spectrum; both arguments are to be the same every time."""
-        graph = torch.is_grad_enabled()
-        if graph not in self._found:
-            real, imaginary = spectrum[..., :outputs].mT.unbind(2)
-            self._found[graph] = _filled(torch.stack([real, -imaginary], 2))
-        return self._found[graph]
+        """The adjoint's spectrum, without a graph; both arguments are to be the same every time."""
+        if self._found is None:
+            real, imaginary = spectrum.detach()[..., :outputs].mT.unbind(2)
+            self._found = _filled(torch.stack([real, -imaginary], 2))
+        return self._found
 
 
 def correlate(image: Tensor, spectrum: Tensor, frame: Frame, outputs: int, adjoint: Adjoint | None = None) -> Tensor:
     """``(B, C, H, W)`` to ``(B, O, H, W)``; a native spectrum that is used more than once comes with its adjoint."""
     if frame.native:
-        result: Tensor = _Correlate.apply(image, spectrum, adjoint or Adjoint(), frame, outputs)
+        result: Tensor = _Correlate.apply(image, spectrum, adjoint or Adjoint(), frame, outputs, False)
         return result
     height, width = image.shape[-2:]
     frequencies = torch.fft.rfft2(image, s=frame.size).flatten(2)
@@ -282,31 +281,37 @@ def _laid_out(spectrum: Tensor) -> Tensor:
 
 
 # The native correlation is linear in the image and in the spectrum, so that two functions are each other's derivatives:
-#   correlate(x, S) = F⁻¹(x̂ S), whose adjoint in x is correlate(y, conj Sᵀ)
+#   correlate(x, S) = F⁻¹(x̂ S), whose adjoint in x is the same with conj Sᵀ, its reverse
 #   cross(x, y), its adjoint in S: the sum over tiles of conj(x̂)ᵀ ŷ
 # That holds for spectra of kernels of the frame's size, for which what is around a tile is enough; no others come up.
 
 
 class _Correlate(torch.autograd.Function):
+    """``(B, C, H, W)`` and a spectrum to ``(B, O, H, W)``; in reverse, ``(B, O, H, W)`` to ``(B, C, H, W)``."""
+
     @staticmethod
-    def forward(image: Tensor, spectrum: Tensor, adjoint: Adjoint, frame: Frame, outputs: int) -> Tensor:
-        found: Tensor = _correlate(image, spectrum, outputs, *frame.size, *frame.tile, *frame.kernel)
+    def forward(image: Tensor, spectrum: Tensor, adjoint: Adjoint, frame: Frame, outputs: int, reverse: bool) -> Tensor:
+        matrices = adjoint.of(spectrum, outputs) if reverse else spectrum
+        channels = spectrum.shape[3] if reverse else outputs
+        found: Tensor = _correlate(image, matrices, channels, *frame.size, *frame.tile, *frame.kernel)
         return found
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        image, spectrum, ctx.adjoint, ctx.frame, ctx.outputs = inputs
+        image, spectrum, ctx.adjoint, ctx.frame, ctx.outputs, ctx.reverse = inputs
         ctx.save_for_backward(image, spectrum)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         image, spectrum = ctx.saved_tensors
         for_image, for_spectrum = wanted(ctx, 2)
-        back = None
+        back = crossed = None
         if for_image:
-            reverse = ctx.adjoint.of(spectrum, ctx.outputs)
-            back = _Correlate.apply(gradient, reverse, Adjoint(spectrum), ctx.frame, image.shape[1])
-        return back, _Cross.apply(image, gradient, ctx.frame) if for_spectrum else None, None, None, None
+            back = _Correlate.apply(gradient, spectrum, ctx.adjoint, ctx.frame, ctx.outputs, not ctx.reverse)
+        if for_spectrum:
+            pair = (gradient, image) if ctx.reverse else (image, gradient)
+            crossed = _Cross.apply(*pair, ctx.frame)
+        return back, crossed, None, None, None, None
 
 
 class _Cross(torch.autograd.Function):
@@ -326,11 +331,10 @@ class _Cross(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         image, result = ctx.saved_tensors
         for_image, for_result = wanted(ctx, 2)
-        inputs, outputs = image.shape[1], result.shape[1]
-        reverse = Adjoint().of(gradient, outputs)
+        rest = gradient, Adjoint(), ctx.frame, result.shape[1]
         return (
-            _Correlate.apply(result, reverse, Adjoint(gradient), ctx.frame, inputs) if for_image else None,
-            _Correlate.apply(image, gradient, Adjoint(reverse), ctx.frame, outputs) if for_result else None,
+            _Correlate.apply(result, *rest, True) if for_image else None,
+            _Correlate.apply(image, *rest, False) if for_result else None,
             None,
         )
 
