@@ -146,7 +146,7 @@ def write(runs: Iterable[Path], out: Path) -> None:
             for tag in TAGS:
                 curves.writerows((run.parent.name, tag, step, f"{value:.5g}") for step, value in curve(run, tag))
     for run in lines:
-        shutil.copy(run / "weights" / "last.safetensors", out / "weights" / f"{run.parent.name}.safetensors")
+        shutil.copyfile(run / "weights" / "last.safetensors", out / "weights" / f"{run.parent.name}.safetensors")
     for name, figure in figures(lines).items():
         figure.savefig(out / f"{name}.png", dpi=140)
     print(f"{len(lines)} rows in {out}")

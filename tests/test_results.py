@@ -1,0 +1,31 @@
+"""What `results` ships can be used: every file of weights loads, and is of the row that the table says."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+
+from crbp.tasks import load_net
+
+FOLDER = Path(__file__).parents[1] / "results" / "pathfinder"
+ROWS = {row["row"]: row for row in csv.DictReader((FOLDER / "table.csv").read_text(encoding="utf-8").splitlines())}
+
+
+def test_every_row_has_its_weights_and_its_configuration() -> None:
+    assert {file.stem for file in (FOLDER / "weights").glob("*.safetensors")} == ROWS.keys()
+    for name, row in ROWS.items():
+        config = name.removesuffix(f"_seed{row['seed']}")
+        assert (FOLDER.parents[1] / "configs" / "pathfinder" / f"{config}.yaml").is_file()
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_shipped_weights_trace_an_image(name: str) -> None:
+    net = load_net(FOLDER / "weights" / f"{name}.safetensors").eval()
+    assert sum(parameter.numel() for parameter in net.parameters()) == int(ROWS[name]["parameters"])
+    with torch.no_grad():
+        logits = net(torch.zeros(1, 1, 48, 48)).logits
+    assert logits.shape == (1, 2, 48, 48)
+    assert bool(logits.isfinite().all())
