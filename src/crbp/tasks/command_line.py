@@ -192,6 +192,10 @@ class _CommandLine(LightningCLI):
         """What the exported weights are to say about themselves; None for a task that has no `net`."""
         run = json.loads(self._parser(self.subcommand).dump(self._settings, skip_unset=False, format="json"))
         net = run["model"].get("init_args", {}).get("net")
+        # Weights are made to be passed on: where their run was logged is in its own folder's config.yaml alone.
+        for name in ("logger", "callbacks", "default_root_dir"):
+            run["trainer"].pop(name, None)
+        run.pop("ckpt_path", None)
         return Origin(net=net, run=run, name=self._name) if net is not None else None
 
 

@@ -36,7 +36,7 @@ class Origin:
 
     Attributes:
         net: the network, ``{"class_path": …, "init_args": …}`` of plain values; what it is rebuilt from.
-        run: the whole configuration of the run that trained it, where there was one.
+        run: the configuration of the run that trained it, where there was one; not where it was logged.
         name: of that configuration.
     """
 
