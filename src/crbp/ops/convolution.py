@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Literal, get_args
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from crbp._checks import choice, count
 from crbp.ops._native import found
-from crbp.ops.spectral import LANES, Adjoint, Frame, correlate, frame_for, native_suits, spectrum
+from crbp.ops.spectral import LANES, Adjoint, Frame, Sides, correlate, frame_for, native_suits, spectrum
 
 Method = Literal["auto", "direct", "fft"]
 
@@ -68,19 +69,22 @@ def conv2d(image: Tensor, weight: Tensor, bias: Tensor | None = None, *, method:
     return result if bias is None else result + bias[:, None, None]
 
 
-def _frames(image: Tensor, weight: Tensor) -> list[tuple[float, Frame]]:
+def _frames(image: Tensor, weight: Tensor) -> tuple[tuple[float, Frame], ...]:
     """The planes that could be taken and what they cost, the cheapest first."""
-    images, _, *size = image.shape
-    outputs, inputs, *kernel = weight.shape
-    threads, frames = torch.get_num_threads(), []
-    for native in (True, False):
-        if native and not native_suits(image.device, inputs, outputs):
-            continue
-        frame = frame_for(
-            images, (size[0], size[1]), (kernel[0], kernel[1]), inputs, outputs, native=native, threads=threads
-        )
-        frames.append((frame.cost(images, (size[0], size[1]), inputs, outputs, threads), frame))
-    return sorted(frames, key=lambda pair: pair[0])
+    images, _, height, width = image.shape
+    outputs, inputs, high, broad = weight.shape
+    native = native_suits(image.device, inputs, outputs)
+    return _ranked(images, (height, width), (high, broad), inputs, outputs, native, torch.get_num_threads())
+
+
+@lru_cache(maxsize=1024)
+def _ranked(
+    images: int, image: Sides, kernel: Sides, inputs: int, outputs: int, native: bool, threads: int
+) -> tuple[tuple[float, Frame], ...]:
+    kinds = (True, False) if native else (False,)
+    frames = [frame_for(images, image, kernel, inputs, outputs, native=kind, threads=threads) for kind in kinds]
+    costs = ((frame.cost(images, image, inputs, outputs, threads), frame) for frame in frames)
+    return tuple(sorted(costs, key=lambda pair: pair[0]))
 
 
 def prefers_fft(image: Tensor, weight: Tensor) -> bool:

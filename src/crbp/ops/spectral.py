@@ -77,7 +77,6 @@ LARGEST = 256  # side of a plane that is tried, but for kernels that need more
 MATRIX_CALL, MATRIX_TRANSFORM, MATRIX, MATRIX_READ = 1.1e7, 340.0, 0.2, 15.0
 
 
-@lru_cache(maxsize=1024)
 def frame_for(
     images: int, image: Sides, kernel: Sides, inputs: int, outputs: int, *, native: bool, threads: int = 1
 ) -> Frame:
