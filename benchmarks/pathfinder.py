@@ -16,9 +16,17 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
+from crbp.analysis.trajectory import BATCH, follow
 from crbp.bench.measure import environment
+from crbp.models import PathfinderNet
+from crbp.tasks import Generated, load_net
+from crbp.tasks.sampling import stacked
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs" / "pathfinder"
@@ -71,16 +79,31 @@ def train(name: str, seed: int, out: Path) -> None:
 
 
 def analyse(name: str, run: Path) -> bool:
-    """Analyse one run, and on the other tasks of its family the same; whether that succeeded."""
-    if "feedforward" in name:
-        return True
-    weights, settings = run / "weights" / "last.safetensors", ["--images", str(IMAGES)]
-    done = [crbp("analyze", weights, "--out", run / "analysis", *settings, log=run / "log.txt")]
-    for task in TASKS:
-        if name.split("_")[0] in TASKS and task != name.split("_")[0]:
-            out = run / f"analysis_{task}"
-            done.append(crbp("analyze", weights, "--preset", task, "--out", out, *settings, log=run / "log.txt"))
-    return all(done)
+    """Analyse one run, and trace the contours of the other tasks of its family with it; whether that succeeded."""
+    weights, task = run / "weights" / "last.safetensors", name.split("_")[0]
+    if "feedforward" not in name:
+        settings = ["--out", run / "analysis", "--images", str(IMAGES)]
+        if not crbp("analyze", weights, *settings, log=run / "log.txt"):
+            return False
+    found = {other: accuracy(weights, other) for other in TASKS if task in TASKS and other != task}
+    (run / "others.json").write_text(json.dumps(found, indent=2))
+    return True
+
+
+def accuracy(weights: Path, preset: str) -> list[float]:
+    """F1 on the images of a task after every step up to 4N; of a feed-forward net, its one."""
+    net, (image, mask) = load_net(weights), images(preset)
+    if isinstance(net, PathfinderNet):
+        return [float(f1) for f1 in follow(net, image, mask, steps=4 * net.evolve.steps).f1]
+    with torch.no_grad():
+        traced = torch.cat([net(some).logits.argmax(dim=1).bool() for some in torch.split(image, BATCH)])
+    return [float(2 * (traced & mask).sum() / (traced.sum() + mask.sum()))]
+
+
+@cache
+def images(preset: str) -> tuple[Tensor, Tensor]:
+    """Images and masks of a task, the ones that `crbp analyze` takes."""
+    return stacked(Generated(preset=preset).items("val", IMAGES, 0), IMAGES)
 
 
 def label(name: str, seed: int) -> str:
@@ -94,6 +117,7 @@ def main() -> None:
     add_rows(parser)
     parser.add_argument("--jobs", type=int, default=1, help="rows at a time, each on one core")
     options = parser.parse_args()
+    torch.set_num_threads(1)
     with ThreadPoolExecutor(options.jobs) as pool:
         list(pool.map(lambda row: train(*row, options.runs.resolve()), wanted(options)))
 

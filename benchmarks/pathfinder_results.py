@@ -78,8 +78,10 @@ def collect(run: Path) -> Line | None:
         "images_to_f1_0.9": next(((step + 1) * batch for step, value in f1 if value >= 0.9), ""),
         **{key: made[key] for key in ("seconds", "seed", "commit")},
     }
+    others = json.loads((run / "others.json").read_text())
+    line |= {f"best_on_{other}": max(on_other) for other, on_other in others.items()}
     if isinstance(loaded, FeedForwardNet):
-        return {**line, "f1_at_n": f1[-1][1]}
+        return line | {"f1_at_n": f1[-1][1], f"best_on_{task}": f1[-1][1]}
     assert isinstance(loaded, PathfinderNet)
     found = analysis(run)
     line |= {
@@ -93,12 +95,7 @@ def collect(run: Path) -> Line | None:
         "ks_statistic": max(found["ks_statistic"]) if found["ks_statistic"] else "",
         "moved": statistics.median(found["moved"]) if found["moved"] else "",
     }
-    if task in TASKS:
-        line[f"best_on_{task}"] = found["f1_best"]
-    for other in TASKS:
-        if (folder := run / f"analysis_{other}").exists():
-            line[f"best_on_{other}"] = json.loads((folder / "analysis.json").read_text())["f1_best"]
-    return line
+    return line | ({f"best_on_{task}": found["f1_best"]} if task in TASKS else {})
 
 
 def analysis(run: Path) -> dict[str, Any]:
@@ -135,7 +132,9 @@ def write(runs: Iterable[Path], out: Path) -> None:
     (out / "weights").mkdir(parents=True, exist_ok=True)
     lines = {run: line for run in runs if (line := collect(run)) is not None}
     with (out / "table.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*COLUMNS, *(f"best_on_{task}" for task in TASKS)], restval="")
+        writer = csv.DictWriter(
+            file, [*COLUMNS, *(f"best_on_{task}" for task in TASKS)], restval="", extrasaction="ignore"
+        )
         writer.writeheader()
         for line in lines.values():
             writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in line.items()})
