@@ -38,13 +38,15 @@ def lipschitz_penalty(run: Run, *, bound: float = 0.9, reduction: Reduction = "n
     share("bound", bound)
     choice("reduction", reduction, get_args(Reduction))
     state, vjp = run.linearized()
-    columns = vjp(tuple(torch.ones_like(leaf) for leaf in state))
-    excess = torch.cat([(column - bound).clamp_min(0).flatten() for column in columns])
+    columns = vjp(tuple(leaf.new_ones(()).expand_as(leaf) for leaf in state))
+    # Not joined into one tensor: autograd would save the copy beside the columns.
+    excess = [(column - bound).relu() for column in columns]
     if reduction == "norm":
-        norm: Tensor = torch.linalg.vector_norm(excess)
+        # Of norms and not the root of a sum, whose derivative at zero is not finite.
+        norm: Tensor = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(each) for each in excess]))
         return norm
-    squares = excess.square()
-    return squares.mean() if reduction == "mean_square" else squares.sum()
+    total = torch.stack([each.square().sum() for each in excess]).sum()
+    return total / sum(each.numel() for each in excess) if reduction == "mean_square" else total
 
 
 def jacobian_frobenius_penalty(run: Run, *, samples: int = 1, generator: torch.Generator | None = None) -> Tensor:
