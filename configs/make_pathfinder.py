@@ -70,7 +70,8 @@ class Scale:
     data: dict[str, Any]
     # Dashes of the contours that the first images show, and how many those are, one stage after the other.
     lead_in: dict[int, int] = field(default_factory=dict)
-    contracting: dict[str, Any] = field(default_factory=dict)  # of the task, where there is a penalty
+    # Of the task, where there is a penalty; the published training has neither of the two.
+    contracting: dict[str, Any] = field(default_factory=lambda: {"penalty_ramp": 0.0, "step_jitter": 0})
     fused: bool = False
 
 
@@ -172,6 +173,16 @@ def rows() -> Iterator[tuple[str, str, dict[str, Any]]]:
         for method, steps in (("crbp", many), ("bptt", 6)):
             what = f"PF14, hGRU, {METHODS[method]}, {steps} steps, {size}×{size} kernels"
             yield f"pf14_hgru_{method}_k{size}", what, recurrent(PAPER, "pf14", "hgru", method, steps, size)
+    for length in LENGTHS[1:]:
+        steps = STEPS["crbp"][length]
+        cured = replace(
+            PAPER,
+            trainer={"max_epochs": PAPER.trainer["max_epochs"]},
+            task={"learning_rate": PAPER.task["learning_rate"]},
+            contracting={"penalty_ramp": 0.8, "step_jitter": 2 * steps},
+        )
+        what = f"PF{length}, hGRU, C-RBP, {steps} steps, kept stable through late training (docs/stability.md)"
+        yield f"pf{length}_hgru_crbp_cured", what, recurrent(cured, f"pf{length}", "hgru", "crbp", steps, 15)
     for kind, method, steps in (("hgru", "crbp", 8), ("hgru", "bptt", 8), ("convlstm", "crbp", 8)):
         what = f"32×32 images, {CELLS[kind]}, {METHODS[method]}, {steps} steps; minutes on two CPU cores"
         yield f"mini_{kind}_{method}", what, recurrent(MINI, "mini", kind, method, steps, 7)
@@ -222,13 +233,15 @@ def long_rows() -> Iterator[tuple[str, str, dict[str, Any]]]:
         cured,
         trainer={**cured.trainer, "gradient_clip_val": None},
         task={**cured.task, "schedule": "constant", "warmup": 0.0},
-        contracting={},
+        contracting=PAPER.contracting,
     )
+    fixed = replace(cured, contracting={**cured.contracting, "step_jitter": 0})
     published = replace(
         PAPER, channels=cured.channels, trainer=plain.trainer, terms=cured.terms, data=cured.data, fused=True
     )
     for name, scale, title in (
         ("long", cured, "trained on"),
+        ("fixed", fixed, "trained on with the number of steps fixed"),
         ("plain", plain, "trained on at a constant rate, without clipping, rising penalty and drawn numbers of steps"),
         ("published", published, "as published but for sizes: start, optimiser, rate, batch normalisation, penalty"),
     ):

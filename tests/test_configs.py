@@ -89,13 +89,17 @@ def test_settings_of_the_paper() -> None:
         if not path.stem.startswith("pf"):
             continue
         assert (data["batch_size"], data["flips"], content["trainer"]["max_epochs"]) == (128, True, 20)
-        assert (task["learning_rate"], task["schedule"]) == (1e-3, "constant")
+        assert task["learning_rate"] == 1e-3
+        cured = path.stem.endswith("_cured")
+        assert ("gradient_clip_val" in content["trainer"]) == (task.get("schedule") == "constant") == (not cured)
         assert data["source"]["init_args"]["preset"] == path.stem.split("_")[0]
         net = task["net"]["init_args"]
         steps[path.stem] = net["evolve"]["steps"] if "evolve" in net else None
         assert ("penalty" in task) == ("cbptt" in path.stem or "crbp" in path.stem)
         if "penalty" in task:
             assert task["penalty"]["init_args"] == {"weight": 10.0, "bound": 0.9, "reduction": "mean_square"}
+            n = net["evolve"]["steps"]
+            assert (task["penalty_ramp"], task["step_jitter"]) == ((0.8, 2 * n) if cured else (0.0, 0))
     assert [steps[f"pf{length}_hgru_crbp"] for length in (9, 14, 20, 25)] == [20, 20, 30, 80]
     assert [steps[f"pf{length}_hgru_rbp"] for length in (9, 14, 20, 25)] == [20, 20, 20, 50]
     assert [steps[f"pf14_hgru_crbp_k{size}"] for size in (3, 5, 9)] == [300, 100, 30]

@@ -45,7 +45,7 @@ def test_everything_is_logged(tmp_path: Path) -> None:
     assert {f"val/{name}" for name in quality | {"spectral_radius", "spectral_radius_converged"}} <= set(logged)
     assert logged["train/backward_terms"] == 3
     for step in spy.steps:
-        total = step["train/focal"] + task.penalty.weight * step["train/penalty"]  # type: ignore[union-attr]
+        total = step["train/focal"] + step["train/penalty_weight"] * step["train/penalty"]
         assert step["train/loss"] == pytest.approx(total)
 
 

@@ -55,6 +55,15 @@ def test_jitter_reaches_further_beyond_n_as_training_goes_on(tmp_path: Path) -> 
     assert set(taken) == {4}
 
 
+def test_a_penalty_brings_what_keeps_it_effective() -> None:
+    cured = tiny_task()
+    assert (cured.penalty_ramp, cured.step_jitter, cured.schedule) == (0.8, 8, "cosine")
+    bare = tiny_task(penalty_ramp=0.0, step_jitter=0)
+    assert (bare.penalty_ramp, bare.step_jitter) == (0.0, 0)
+    without = tiny_task(penalty=None)
+    assert (without.penalty_ramp, without.step_jitter) == (0.0, 0)
+
+
 def test_beta2_reaches_the_optimiser(tmp_path: Path) -> None:
     fit = trainer(tmp_path, limit_val_batches=0)
     fit.fit(tiny_task(beta2=0.95), tiny_data())

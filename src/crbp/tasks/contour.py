@@ -24,6 +24,8 @@ Schedule = Literal["cosine", "constant"]
 Stage = Literal["val", "test"]
 Batch = dict[str, Tensor]
 
+RAMP = 0.8  # share of the training over which a penalty's weight rises
+
 _FAILED = (StopReason.DIVERGED, StopReason.NOT_FINITE)
 
 
@@ -46,8 +48,10 @@ class ContourTask(pl.LightningModule):
         penalty: on the dynamics, such as `LipschitzPenalty`; None for none.
         penalty_ramp: share of all optimiser steps, in [0, 1), over which the penalty's weight rises geometrically from
             a hundredth of itself; 0 for its full weight throughout. A strong penalty from the start slows learning.
+            None for 0.8 where there is a penalty.
         step_jitter: train each batch with up to so many steps more than ``N``, drawn anew from ``U(0, j t / T)`` at
-            optimiser step ``t`` of ``T``: the state is then asked to stay right once it is, and settles. 0 for none.
+            optimiser step ``t`` of ``T``: the state is then asked to stay right once it is, and settles. 0 for none;
+            None for ``2N`` where there is a penalty, without which dynamics do not settle in late training.
         supervision: ``"last"``, the loss sees the last step; ``"all"``, its mean over every step, which needs
             `crbp.BPTT`.
         gamma: of the focal loss; see `crbp.losses.focal_loss`.
@@ -70,8 +74,8 @@ class ContourTask(pl.LightningModule):
         net: nn.Module,
         *,
         penalty: Penalty | None = None,
-        penalty_ramp: float = 0.0,
-        step_jitter: int = 0,
+        penalty_ramp: float | None = None,
+        step_jitter: int | None = None,
         supervision: Supervision = "last",
         gamma: float = 2.0,
         learning_rate: float = 1e-3,
@@ -89,18 +93,14 @@ class ContourTask(pl.LightningModule):
         non_negative("weight_decay", weight_decay)
         share("warmup", warmup)
         share("beta2", beta2)
-        share("penalty_ramp", penalty_ramp)
-        if penalty_ramp and penalty is None:
-            raise ValueError(f"penalty_ramp={penalty_ramp!r} has no penalty to raise; give one or leave the ramp at 0")
+        _check_net(net, penalty, supervision, predict_steps, step_jitter)
+        self.net = net
+        ramp, jitter = self._settling(penalty, penalty_ramp, step_jitter)
         if not (math.isfinite(learning_rate) and learning_rate > 0):
             raise ValueError(f"learning_rate must be finite and above 0, not {learning_rate!r}")
-        count("step_jitter", step_jitter, at_least=0)
-        _check_net(net, penalty, supervision, predict_steps, step_jitter)
         # Only numbers and words: a checkpoint then holds no pickled object and loads with weights_only=True.
         self.save_hyperparameters(ignore=["net", "penalty"])
-        self.net = net
-        self.penalty, self.penalty_ramp = penalty, penalty_ramp
-        self.step_jitter = step_jitter
+        self.penalty, self.penalty_ramp, self.step_jitter = penalty, ramp, jitter
         self.supervision, self.gamma = supervision, gamma
         self.learning_rate, self.weight_decay, self.beta2 = learning_rate, weight_decay, beta2
         self.schedule, self.warmup = schedule, warmup
@@ -220,6 +220,18 @@ class ContourTask(pl.LightningModule):
             asked["steps"] = self._evolve().steps + int(torch.randint(round(self.step_jitter * done) + 1, ()))
         return asked
 
+    def _settling(self, penalty: Penalty | None, ramp: float | None, jitter: int | None) -> tuple[float, int]:
+        """The penalty's ramp and the jitter of the steps, those not given as suits the penalty."""
+        if ramp is None:
+            ramp = 0.0 if penalty is None else RAMP
+        if jitter is None:
+            jitter = 0 if penalty is None else 2 * self._evolve().steps
+        share("penalty_ramp", ramp)
+        if ramp and penalty is None:
+            raise ValueError(f"penalty_ramp={ramp!r} has no penalty to raise; give one or leave the ramp at 0")
+        count("step_jitter", jitter, at_least=0)
+        return ramp, jitter
+
     def _evolve(self) -> crbp.Evolve:
         evolve = self.net.evolve
         assert isinstance(evolve, crbp.Evolve)  # checked when the task was made
@@ -284,12 +296,12 @@ def _is_recurrent(net: nn.Module) -> bool:
 
 
 def _check_net(
-    net: nn.Module, penalty: Penalty | None, supervision: Supervision, predict_steps: bool, step_jitter: int
+    net: nn.Module, penalty: Penalty | None, supervision: Supervision, predict_steps: bool, step_jitter: int | None
 ) -> None:
     """Raise where the network cannot do what is asked of it."""
     if not _is_recurrent(net):
         asked = [("a penalty", penalty is not None), ("supervision='all'", supervision == "all")]
-        asked += [("predict_steps", predict_steps), ("step_jitter", step_jitter > 0)]
+        asked += [("predict_steps", predict_steps), ("step_jitter", bool(step_jitter))]
         for name, needed in asked:
             if needed:
                 raise ValueError(
