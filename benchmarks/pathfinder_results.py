@@ -40,6 +40,9 @@ METHODS = {
     "allsteps": "BPTT, loss at all steps", "feedforward": "feed-forward",
 }  # fmt: skip
 COLOURS = dict(zip(METHODS, ("#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#CC79A7", "#999999", "#000000"), strict=True))
+LATE = {
+    "long": "cured", "fixed": "cured, number of steps fixed", "plain": "penalty alone", "published": "as published",
+}  # fmt: skip
 COLUMNS = (
     "row", "task", "cell", "method", "variant", "kernel", "steps", "parameters", "images", "seconds", "saved_mib",
     "f1_at_n", "f1_at_4n", "f1_best", "f1_best_at", "residual_at_4n", "stable_share", "ks_statistic", "moved",
@@ -156,6 +159,8 @@ def figures(lines: Mapping[Path, Line]) -> dict[str, Figure]:
     plain = {run: line for run, line in lines.items() if not line["variant"]}
     recurrent = {run: line for run, line in plain.items() if line["cell"]}
     drawn = {"accuracy": accuracy(plain.values())} if plain else {}
+    if any(line["variant"] in LATE for line in lines.values()):
+        drawn["late"] = late(lines)
     return drawn | ({"beyond": beyond(recurrent), "training": training(recurrent)} if recurrent else {})
 
 
@@ -193,26 +198,44 @@ def beyond(lines: Mapping[Path, Line]) -> Figure:
     panels[TASKS[0]].set_ylabel("F1")
     for axes in panels.values():
         axes.set_xlabel("steps / steps trained for")
-    _legend(figure, {line["method"] for line in lines.values()})
+    shown = {line["method"] for line in lines.values()}
+    _legend(figure, {METHODS[method]: COLOURS[method] for method in METHODS if method in shown})
     return figure
 
 
 def training(lines: Mapping[Path, Line]) -> Figure:
     """F1, penalty and spectral radius through training, of the hGRU's rows on the middle task."""
+    middle = TASKS[len(TASKS) // 2]
+    shown = {
+        run: line for run, line in lines.items() if (line["task"], line["cell"], line["seed"]) == (middle, "hgru", 0)
+    }
+    figure = _through_training({run: COLOURS[line["method"]] for run, line in shown.items()}, lines)
+    _legend(figure, {METHODS[line["method"]]: COLOURS[line["method"]] for line in shown.values()})
+    return figure
+
+
+def late(lines: Mapping[Path, Line]) -> Figure:
+    """The same for C-RBP trained on for long, with what keeps it stable and without, every seed."""
+    shown = {run: line for run, line in lines.items() if line["variant"] in LATE}
+    colours = dict(zip(LATE, ("#0072B2", "#009E73", "#E69F00", "#D55E00"), strict=True))
+    figure = _through_training({run: colours[line["variant"]] for run, line in shown.items()}, lines)
+    found = {line["variant"] for line in shown.values()}
+    _legend(figure, {LATE[name]: colours[name] for name in LATE if name in found})
+    return figure
+
+
+def _through_training(colours: Mapping[Path, str], lines: Mapping[Path, Line]) -> Figure:
     names = {"val/f1": "F1", "val/penalty": "penalty", "val/spectral_radius": "spectral radius"}
     figure, panels = _panels(list(names))
-    shown = {
-        run: line for run, line in lines.items() if (line["task"], line["cell"]) == (TASKS[len(TASKS) // 2], "hgru")
-    }
-    for run, line in shown.items():
+    for run, colour in colours.items():
         for tag, axes in panels.items():
-            if line["seed"] == 0 and (found := curve(run, tag)):
+            if found := curve(run, tag):
                 steps, values = np.array(found).T
-                axes.plot((steps + 1) * line["batch"], values, color=COLOURS[line["method"]])
+                axes.plot((steps + 1) * lines[run]["batch"], values, color=colour, linewidth=1)
     for tag, axes in panels.items():
         axes.set(title=names[tag], xlabel="images seen")
-    panels["val/penalty"].set_yscale("symlog", linthresh=1e-6)
-    _legend(figure, {line["method"] for line in shown.values()})
+    panels["val/penalty"].set_yscale("symlog", linthresh=1e-9)
+    panels["val/spectral_radius"].axhline(1, color="0.7", zorder=0, linewidth=0.8)
     return figure
 
 
@@ -226,10 +249,10 @@ def _panels(names: Iterable[str]) -> tuple[Figure, dict[str, Axes]]:
     return figure, panels
 
 
-def _legend(figure: Figure, methods: set[str]) -> None:
-    if not methods:
+def _legend(figure: Figure, colours: Mapping[str, str]) -> None:
+    if not colours:
         return
-    handles = [Line2D([], [], color=COLOURS[method], label=METHODS[method]) for method in METHODS if method in methods]
+    handles = [Line2D([], [], color=colour, label=name) for name, colour in colours.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=8)
 
 

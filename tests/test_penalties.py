@@ -19,6 +19,7 @@ from crbp import (
     TruncatedBPTT,
     jacobian_frobenius_penalty,
     lipschitz_penalty,
+    residual_penalty,
 )
 
 METHODS = {
@@ -288,3 +289,62 @@ def test_a_penalty_after_the_graph_is_freed_raises():
     problem.loss(run.state).backward()
     with pytest.raises(RuntimeError, match="second time"):
         lipschitz_penalty(run)
+
+
+def _explicit_residual(problem: Problem, before) -> Tensor:
+    after = flat(problem.step(before))
+    return (after - flat(before)).square().sum() / after.detach().square().sum()
+
+
+@each_problem
+@each_method
+def test_residual_penalty_is_the_square_of_the_residual(build, method):
+    run = build().run(method, steps=5)
+    assert residual_penalty(run).item() == pytest.approx(run.report.residual**2, rel=1e-12)
+
+
+@each_problem
+def test_gradient_of_the_residual_penalty_is_that_of_the_last_step(build):
+    problem = build()
+    wanted = problem.grads(_explicit_residual(problem, problem.state_after(4)))
+    for method in (RBP(), OneStep()):
+        assert_same(problem.grads(residual_penalty(problem.run(method, steps=5))), wanted, 1e-10)
+
+
+@each_problem
+def test_under_bptt_the_gradient_of_the_residual_penalty_flows_through_all_steps(build):
+    problem = build()
+    state = problem.start
+    for _ in range(4):
+        state = problem.step(state)
+    wanted = problem.grads(_explicit_residual(problem, state))
+    for method in (BPTT(), CheckpointedBPTT(chunk=2), TruncatedBPTT(window=5)):
+        assert_same(problem.grads(residual_penalty(problem.run(method, steps=5))), wanted, 1e-10)
+
+
+def test_residual_penalty_vanishes_where_nothing_moves() -> None:
+    weight = torch.ones((), dtype=torch.float64, requires_grad=True)
+    for start in (torch.ones(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)):
+        run = crbp.Evolve(steps=2, gradient=RBP())(lambda h: weight * h, start)
+        penalty = residual_penalty(run)
+        assert penalty.item() == 0
+        assert torch.autograd.grad(penalty, weight)[0].item() == 0
+
+
+def test_residual_penalty_settles_an_oscillation_that_column_sums_do_not_see() -> None:
+    """Two units that feed on each other's opposite: 1ᵀJ = 0, spectral radius 1.5."""
+    swap = torch.tensor([[-0.75, 0.75], [0.75, -0.75]], dtype=torch.float64)
+    gain = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+    start = torch.tensor([0.6, 0.4], dtype=torch.float64)
+    optimiser = torch.optim.SGD([gain], lr=0.01)
+    evolve = crbp.Evolve(steps=50, gradient=RBP(), on_divergence="warn")
+    first = evolve(lambda h: 0.5 + torch.tanh(swap @ h), start).report.residual
+    for _ in range(100):
+        run = evolve(lambda h: 0.5 + torch.tanh(gain * (swap @ h)), start)
+        assert lipschitz_penalty(run).item() == 0
+        penalty = residual_penalty(run)
+        optimiser.zero_grad()
+        penalty.backward()
+        optimiser.step()
+    assert 0 < 1.5 * gain.item() < 1
+    assert run.report.residual < first / 10

@@ -53,6 +53,14 @@ class Run:
     _previous: Leaves = field(repr=False)
     _last: Leaves = field(repr=False)
 
+    def last_step(self) -> tuple[Leaves, Leaves]:
+        """The leaves of the state before the last step and after it; the latter on the graph of that step, if any.
+
+        Where the gradient method puts something else in the place of that graph, as `crbp.RBP` does, `state` has it and
+        this has not.
+        """
+        return self._previous, self._last
+
     def linearized(self, *, at_end: bool = False) -> tuple[Leaves, Callable[[Leaves], Leaves]]:
         """The leaves at which one step is linearised, and the map ``v ↦ Jᵀ v`` there.
 

@@ -1,4 +1,4 @@
-"""Penalties that keep the dynamics contractive. Each needs one double backward through one step: memory O(1)."""
+"""Penalties that keep the dynamics contractive. Each is about one step: memory O(1)."""
 
 from __future__ import annotations
 
@@ -47,6 +47,33 @@ def lipschitz_penalty(run: Run, *, bound: float = 0.9, reduction: Reduction = "n
         return norm
     total = torch.stack([each.square().sum() for each in excess]).sum()
     return total / sum(each.numel() for each in excess) if reduction == "mean_square" else total
+
+
+def residual_penalty(run: Run) -> Tensor:
+    """Squared relative residual of the last step, ``‖f(h_{N−1}) − h_{N−1}‖² / ‖h_N‖²``.
+
+    The denominator is held fixed. Under `BPTT` the gradient flows through all steps, under `RBP` through the last one,
+    which is asked to stay where it is. A state that keeps moving shows in it even where the columns that
+    `lipschitz_penalty` sums cancel; it needs no second derivative.
+
+    Args:
+        run: what `crbp.Evolve` returned, before its graph is freed by ``backward()``.
+
+    Returns:
+        A scalar, the square of ``run.report.residual``.
+
+    Source: the residual that equilibrium models minimise, Bai et al., Deep equilibrium models, NeurIPS 2019; as a
+    penalty on training, docs/stability.md.
+    """
+    before, after = run.last_step()
+    wide = [torch.promote_types(leaf.dtype, torch.float32) for leaf in after]
+    moved = torch.stack(
+        [(new - old).to(kind).square().sum() for old, new, kind in zip(before, after, wide, strict=True)]
+    ).sum()
+    scale = torch.stack([new.detach().to(kind).square().sum() for new, kind in zip(after, wide, strict=True)]).sum()
+    # A state that has just become zero moved by all it was.
+    scale = torch.where(scale > 0, scale, moved.detach())
+    return moved / torch.where(scale > 0, scale, 1.0)
 
 
 def jacobian_frobenius_penalty(run: Run, *, samples: int = 1, generator: torch.Generator | None = None) -> Tensor:

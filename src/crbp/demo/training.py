@@ -88,6 +88,7 @@ def crbp_model(recipe: Recipe, progress: Progress, seed: int) -> Outcome:
         seed,
         penalty=recipe.penalty,
         penalty_ramp=recipe.penalty_ramp,
+        residual_weight=0.0,  # its state settles without
         step_jitter=recipe.step_jitter,
         warmup=WARMUP,
     )

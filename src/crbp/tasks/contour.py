@@ -32,9 +32,9 @@ _FAILED = (StopReason.DIVERGED, StopReason.NOT_FINITE)
 class ContourTask(pl.LightningModule):
     """Train a network to say of each pixel whether it lies on the marked contour.
 
-    ``loss = focal + weight · penalty``, minimised by Adam. A batch is ``{"image": (B, 1, H, W) in [0, 1], "mask":
-    (B, H, W) of bool}``. The learning rate rises linearly from 0 over the first ``warmup · T`` of all ``T`` optimiser
-    steps and then stays or follows ``½ (1 + cos(π t / T))``.
+    ``loss = focal + ramp · (weight · penalty + residual_weight · residual²)``, minimised by Adam. A batch is
+    ``{"image": (B, 1, H, W) in [0, 1], "mask": (B, H, W) of bool}``. The learning rate rises linearly from 0 over the
+    first ``warmup · T`` of all ``T`` optimiser steps and then stays or follows ``½ (1 + cos(π t / T))``.
 
     Logged in training, under ``train/``: ``loss``, ``focal``, ``penalty``, ``residual`` of the last step; of the
     backward solve ``backward_terms``, ``backward_residual``, and, counted over an epoch, ``backward_failed`` (diverged
@@ -46,9 +46,11 @@ class ContourTask(pl.LightningModule):
         net: maps images to a `crbp.models.Prediction`; a recurrent one has its `crbp.Evolve` as the attribute
             ``evolve``, as `crbp.models.PathfinderNet` does.
         penalty: on the dynamics, such as `LipschitzPenalty`; None for none.
-        penalty_ramp: share of all optimiser steps, in [0, 1), over which the penalty's weight rises geometrically from
-            a hundredth of itself; 0 for its full weight throughout. A strong penalty from the start slows learning.
-            None for 0.8 where there is a penalty.
+        penalty_ramp: share of all optimiser steps, in [0, 1), over which the weights of penalty and residual rise
+            geometrically from a hundredth of themselves; 0 for their full weight throughout. A strong penalty from the
+            start slows learning. None for 0.8 where there is a penalty.
+        residual_weight: of `crbp.residual_penalty` in the loss; 0 for none, None for 1 where there is a penalty, which
+            by itself can be small while the state keeps moving.
         step_jitter: train each batch with up to so many steps more than ``N``, drawn anew from ``U(0, j t / T)`` at
             optimiser step ``t`` of ``T``: the state is then asked to stay right once it is, and settles. 0 for none;
             None for ``2N`` where there is a penalty, without which dynamics do not settle in late training.
@@ -75,6 +77,7 @@ class ContourTask(pl.LightningModule):
         *,
         penalty: Penalty | None = None,
         penalty_ramp: float | None = None,
+        residual_weight: float | None = None,
         step_jitter: int | None = None,
         supervision: Supervision = "last",
         gamma: float = 2.0,
@@ -93,14 +96,22 @@ class ContourTask(pl.LightningModule):
         non_negative("weight_decay", weight_decay)
         share("warmup", warmup)
         share("beta2", beta2)
-        _check_net(net, penalty, supervision, predict_steps, step_jitter)
+        _check_net(net, penalty, supervision, predict_steps, step_jitter, residual_weight)
         self.net = net
-        ramp, jitter = self._settling(penalty, penalty_ramp, step_jitter)
+        given = penalty is not None
+        ramp = (RAMP if given else 0.0) if penalty_ramp is None else penalty_ramp
+        jitter = (2 * self._evolve().steps if given else 0) if step_jitter is None else step_jitter
+        settle = float(given) if residual_weight is None else residual_weight
+        share("penalty_ramp", ramp)
+        non_negative("residual_weight", settle)
+        count("step_jitter", jitter, at_least=0)
+        if ramp and not (given or settle):
+            raise ValueError(f"penalty_ramp={ramp!r} has no penalty to raise; give one or leave the ramp at 0")
         if not (math.isfinite(learning_rate) and learning_rate > 0):
             raise ValueError(f"learning_rate must be finite and above 0, not {learning_rate!r}")
         # Only numbers and words: a checkpoint then holds no pickled object and loads with weights_only=True.
         self.save_hyperparameters(ignore=["net", "penalty"])
-        self.penalty, self.penalty_ramp, self.step_jitter = penalty, ramp, jitter
+        self.penalty, self.penalty_ramp, self.residual_weight, self.step_jitter = penalty, ramp, settle, jitter
         self.supervision, self.gamma = supervision, gamma
         self.learning_rate, self.weight_decay, self.beta2 = learning_rate, weight_decay, beta2
         self.schedule, self.warmup = schedule, warmup
@@ -125,8 +136,11 @@ class ContourTask(pl.LightningModule):
         if self.penalty is not None:
             assert prediction.run is not None  # checked when the task was made
             values["train/penalty"] = penalty = self.penalty(prediction.run)
-            values["train/penalty_weight"] = weight = self._penalty_weight(self.penalty)
-            loss = focal + weight * penalty
+            values["train/penalty_weight"] = weight = self.penalty.weight * self._ramp()
+            loss = loss + weight * penalty
+        if self.residual_weight:
+            assert prediction.run is not None
+            loss = loss + self.residual_weight * self._ramp() * crbp.residual_penalty(prediction.run)
         if prediction.run is not None:
             self._report = prediction.run.report
             self.log("train/residual", self._report.residual)
@@ -220,28 +234,17 @@ class ContourTask(pl.LightningModule):
             asked["steps"] = self._evolve().steps + int(torch.randint(round(self.step_jitter * done) + 1, ()))
         return asked
 
-    def _settling(self, penalty: Penalty | None, ramp: float | None, jitter: int | None) -> tuple[float, int]:
-        """The penalty's ramp and the jitter of the steps, those not given as suits the penalty."""
-        if ramp is None:
-            ramp = 0.0 if penalty is None else RAMP
-        if jitter is None:
-            jitter = 0 if penalty is None else 2 * self._evolve().steps
-        share("penalty_ramp", ramp)
-        if ramp and penalty is None:
-            raise ValueError(f"penalty_ramp={ramp!r} has no penalty to raise; give one or leave the ramp at 0")
-        count("step_jitter", jitter, at_least=0)
-        return ramp, jitter
-
     def _evolve(self) -> crbp.Evolve:
         evolve = self.net.evolve
         assert isinstance(evolve, crbp.Evolve)  # checked when the task was made
         return evolve
 
-    def _penalty_weight(self, penalty: Penalty) -> float:
+    def _ramp(self) -> float:
+        """What the weights of penalty and residual are multiplied by at this step."""
         if not self.penalty_ramp:
-            return penalty.weight
+            return 1.0
         done = self.trainer.global_step / self.trainer.estimated_stepping_batches
-        return penalty.weight * float(100 ** min(done / self.penalty_ramp - 1.0, 0.0))
+        return float(100 ** min(done / self.penalty_ramp - 1.0, 0.0))
 
     def _focal(self, prediction: Prediction, mask: Tensor) -> Tensor:
         if prediction.steps is None:
@@ -296,12 +299,21 @@ def _is_recurrent(net: nn.Module) -> bool:
 
 
 def _check_net(
-    net: nn.Module, penalty: Penalty | None, supervision: Supervision, predict_steps: bool, step_jitter: int | None
+    net: nn.Module,
+    penalty: Penalty | None,
+    supervision: Supervision,
+    predict_steps: bool,
+    step_jitter: int | None,
+    residual_weight: float | None,
 ) -> None:
     """Raise where the network cannot do what is asked of it."""
     if not _is_recurrent(net):
         asked = [("a penalty", penalty is not None), ("supervision='all'", supervision == "all")]
-        asked += [("predict_steps", predict_steps), ("step_jitter", bool(step_jitter))]
+        asked += [
+            ("predict_steps", predict_steps),
+            ("step_jitter", bool(step_jitter)),
+            ("residual_weight", bool(residual_weight)),
+        ]
         for name, needed in asked:
             if needed:
                 raise ValueError(
