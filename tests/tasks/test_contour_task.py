@@ -45,7 +45,9 @@ def test_everything_is_logged(tmp_path: Path) -> None:
     assert {f"val/{name}" for name in quality | {"spectral_radius", "spectral_radius_converged"}} <= set(logged)
     assert logged["train/backward_terms"] == 3
     for step in spy.steps:
-        total = step["train/focal"] + step["train/penalty_weight"] * step["train/penalty"]
+        ramp = step["train/penalty_weight"] / task.penalty.weight  # type: ignore[union-attr]
+        settling = ramp * task.residual_weight * step["train/residual"] ** 2
+        total = step["train/focal"] + step["train/penalty_weight"] * step["train/penalty"] + settling
         assert step["train/loss"] == pytest.approx(total)
 
 
