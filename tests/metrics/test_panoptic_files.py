@@ -86,9 +86,14 @@ def test_what_is_written(tmp_path: Path) -> None:
 def test_no_json_says_that_a_broken_run_is_whole(tmp_path: Path) -> None:
     file = tmp_path / "found.json"
     file.write_text("of an earlier run")
-    with pytest.raises(KeyboardInterrupt), PanopticWriter(file) as writer:
-        writer.write(1, np.zeros((2, 2), int), [])
-        raise KeyboardInterrupt
+
+    def interrupted() -> None:
+        with PanopticWriter(file) as writer:
+            writer.write(1, np.zeros((2, 2), int), [])
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert not file.exists()
 
 
@@ -115,7 +120,8 @@ def test_mistakes_in_what_is_written(tmp_path: Path, arguments: Any, message: st
 
 def edit(file: Path, change: Callable[[Any], Any]) -> None:
     content = json.loads(file.read_text())
-    file.write_text(json.dumps(change(content) or content))
+    change(content)
+    file.write_text(json.dumps(content))
 
 
 @pytest.mark.parametrize(
@@ -123,12 +129,12 @@ def edit(file: Path, change: Callable[[Any], Any]) -> None:
     [
         (lambda t, f: f.unlink(), "found.json: cannot be read as JSON"),
         (lambda t, f: f.write_text("[]"), "found.json: has no list of annotations"),
-        (lambda t, f: edit(t, lambda c: c.pop("categories") and None), "truth.json: has no list of categories"),
+        (lambda t, f: edit(t, lambda c: c.pop("categories")), "truth.json: has no list of categories"),
         (lambda t, f: edit(t, lambda c: c["categories"].clear()), "truth.json: there are no categories"),
-        (lambda t, f: edit(f, lambda c: c["annotations"].pop(0) and None), "no prediction for image 5"),
+        (lambda t, f: edit(f, lambda c: c["annotations"].pop(0)), "no prediction for image 5"),
         (lambda t, f: edit(f, lambda c: c["annotations"].append(c["annotations"][0])), "image 5 is annotated twice"),
         (
-            lambda t, f: edit(f, lambda c: c["annotations"][2].pop("file_name") and None),
+            lambda t, f: edit(f, lambda c: c["annotations"][2].pop("file_name")),
             "annotation 2 has no file_name",
         ),
         (

@@ -164,8 +164,9 @@ def _load(path: Path, *keys: str) -> _Json:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(path, f"cannot be read as JSON ({error})", "give a panoptic JSON of COCO's form") from error
-    if not isinstance(content, dict) or (missing := [key for key in keys if not isinstance(content.get(key), list)]):
-        raise DataError(path, f"has no list of {' or '.join(missing or keys)}", "give a panoptic JSON of COCO's form")
+    content = content if isinstance(content, dict) else {}
+    if missing := [key for key in keys if not isinstance(content.get(key), list)]:
+        raise DataError(path, f"has no list of {' or '.join(missing)}", "give a panoptic JSON of COCO's form")
     return content
 
 
