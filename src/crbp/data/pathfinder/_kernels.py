@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit
 
-from crbp.data.pathfinder._random import direction, start, uniform
+from crbp.data._random import direction, start, uniform
 
 # Columns of the `tally` array: scenes tried, long contours given up, distractors given up.
 TRIES, LONG_FAILED, SHORT_FAILED = 0, 1, 2
