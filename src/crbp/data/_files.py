@@ -6,9 +6,17 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from crbp.data.errors import DataError
+
+
+class Written(NamedTuple):
+    """What a call of a writer did: images made, images found whole from before, and the manifest's path."""
+
+    made: int
+    kept: int
+    manifest: Path
 
 
 def write_atomic(path: Path, content: bytes) -> str:

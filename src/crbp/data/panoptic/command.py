@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+
 from rich.console import Console
 from rich.table import Table
 
@@ -31,6 +33,46 @@ def data(arguments: list[str]) -> None:
         more = f", {hidden} of them not listed (see --limit)" if hidden else ""
         raise CrbpError(f"{report.total} findings{more}; correct the data set before training on it")
     _tell(console, report, quick=options.quick)
+
+
+def shapes(arguments: list[str]) -> None:
+    """Carry out `crbp generate shapes`.
+
+    Raises:
+        CrbpError: the options are wrong, or the folder cannot be written or holds another set.
+    """
+    from crbp.data.panoptic.writer import write_shapes
+
+    settings = vars(_shapes_parser().parse_args(arguments))
+    try:
+        written = write_shapes(settings.pop("out"), **settings)
+    except (ValueError, OSError) as error:
+        raise CrbpError(str(error)) from error
+    print(f"{written.made} images made, {written.kept} kept from before: {written.manifest}")
+
+
+def _shapes_parser() -> Parser:
+    about = "Write a synthetic panoptic data set in COCO's format: textured shapes that overlap."
+    parser = Parser(prog="crbp generate shapes", description=about, allow_abbrev=False)
+    parser.add_argument("--out", required=True, help="folder to write to")
+    parser.add_argument(
+        "--images", type=_pair, default=(10_000, 1_000), metavar="TRAIN,VAL", help="how many (default: 10000,1000)"
+    )
+    parser.add_argument("--size", type=int, default=192, help="height and width, 128 to 512 (default: 192)")
+    parser.add_argument(
+        "--objects", type=_pair, default=(6, 14), metavar="LEAST,MOST", help="things of an image (default: 6,14)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="another seed gives other images (default: 0)")
+    parser.add_argument("--jobs", dest="workers", type=int, help="processes (default: the cores at hand)")
+    return parser
+
+
+def _pair(text: str) -> tuple[int, int]:
+    first, _, second = text.partition(",")
+    try:
+        return int(first), int(second)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not two whole numbers, such as 10000,1000") from None
 
 
 def _data_parser() -> Parser:

@@ -4,25 +4,17 @@ from __future__ import annotations
 
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from crbp.data._extras import require
 
 require("PIL", "pyarrow")
 
-from crbp.data._files import check_claim, faults, load_manifest, save_manifest, sha256  # noqa: E402
+from crbp.data._files import Written, check_claim, faults, load_manifest, save_manifest, sha256  # noqa: E402
 from crbp.data._parallel import bar, cores, run  # noqa: E402
 from crbp.data.errors import DataError  # noqa: E402
 from crbp.data.pathfinder._formats import Job, checksum_path, write_batch  # noqa: E402
 from crbp.data.pathfinder.config import STREAM_VERSION, PathfinderConfig, Split, stream_key  # noqa: E402
-
-
-class Written(NamedTuple):
-    """What a call of `write` did: images made, images found whole from before, and the manifest's path."""
-
-    made: int
-    kept: int
-    manifest: Path
 
 
 def write(
