@@ -36,8 +36,19 @@ def _lightning(name: str) -> Callable[[list[str]], None]:
 
 def _generate(arguments: list[str]) -> None:
     _need("data", "numba", "numpy", "PIL", "pyarrow", "rich")
+    if arguments[:1] == ["shapes"]:
+        from crbp.data.panoptic.command import shapes
+
+        return shapes(arguments[1:])
     options = _generate_parser().parse_args(arguments)
-    _write_data(options)
+    return _write_data(options)
+
+
+def _data(arguments: list[str]) -> None:
+    _need("data", "numpy", "PIL", "rich")
+    from crbp.data.panoptic.command import data
+
+    data(arguments)
 
 
 def _demo(arguments: list[str]) -> None:
@@ -85,9 +96,14 @@ COMMANDS = {
         _lightning("predict"),
     ),
     "generate": _Command(
-        "write a data set of contour images",
+        "write a data set of contour images, or (generate shapes) of panoptic segmentation",
         "crbp generate --preset pf14 --size 10000 --split test --out data/pf14",
         _generate,
+    ),
+    "data": _Command(
+        "find what is wrong with a panoptic data set, or print its statistics",
+        "crbp data check --images val2017 --panoptic annotations/panoptic_val2017.json",
+        _data,
     ),
     "demo": _Command("see the stable and the unstable way to train side by side", "crbp demo --quick", _demo),
     "analyze": _Command(
@@ -151,7 +167,7 @@ def _need(extra: str, *modules: str) -> None:
 def _generate_parser() -> Parser:
     from crbp.data.pathfinder import PRESETS, PathfinderConfig
 
-    about = "Write a data set of contour images, the same on every machine."
+    about = "Write a data set of contour images, the same on every machine; crbp generate shapes writes a panoptic one."
     parser = Parser(prog="crbp generate", description=about, allow_abbrev=False)
     parser.add_argument("--out", required=True, help="folder to write to; one per split")
     parser.add_argument("--preset", choices=sorted(PRESETS), help="task to start from (default: the published pf14)")
