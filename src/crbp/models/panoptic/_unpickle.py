@@ -55,7 +55,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
                 found = _ArraysOnly(file, encoding="latin1").load()
         else:
             # Schedulers and optimisers of older checkpoints hold numbers of numpy.
-            numbers = [(made, f"numpy.{core}.multiarray.{n}") for core in ("core", "_core") for n, made in _NUMPY.items()]
+            numbers = [
+                (made, f"numpy.{core}.multiarray.{n}") for core in ("core", "_core") for n, made in _NUMPY.items()
+            ]
             kinds = [np.ndarray, np.dtype, *{type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "b1")}]
             with torch.serialization.safe_globals([*numbers, *kinds]):
                 found = torch.load(path, map_location="cpu", weights_only=True)

@@ -163,9 +163,7 @@ class InstanceHeads(RoIHeads):
             )
         ]
 
-    def _masks(
-        self, features: dict[str, Tensor], boxes: list[Tensor], labels: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
+    def _masks(self, features: dict[str, Tensor], boxes: list[Tensor], labels: Tensor) -> tuple[Tensor, Tensor | None]:
         """Probabilities ``(n, m, m)`` of the masks of the boxes' classes, a chunk of boxes at a time."""
         pooled = self.mask_roi_pool(features, boxes)
         probabilities, steps = [], []

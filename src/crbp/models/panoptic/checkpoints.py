@@ -83,9 +83,7 @@ def _resnet(model: PanopticFPN, ours: Mapping[str, Tensor], table: dict[str, Ten
     return _matched(ours, names, {name: value for name, value in table.items() if not name.startswith(classifier)})
 
 
-def _matched(
-    ours: Mapping[str, Tensor], names: Mapping[str, str], table: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+def _matched(ours: Mapping[str, Tensor], names: Mapping[str, str], table: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Our tensors by our names, from theirs by their names."""
     new, missing, misshapen = {}, [], []
     # Frozen statistics may have been merged into scale and shift; counters of batches say nothing of the function.
@@ -112,8 +110,9 @@ def _matched(
         if which
     ]
     if problems:
-        raise CheckpointError(f"the weights do not fit the model ({'; '.join(problems)}); check its kind, depth and "
-                              "numbers of classes")
+        raise CheckpointError(
+            f"the weights do not fit the model ({'; '.join(problems)}); check its kind, depth and numbers of classes"
+        )
     return new
 
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 
@@ -294,9 +293,7 @@ def _check_targets(images: Sequence[Tensor], targets: Targets, things: int) -> N
             raise ValueError(f"{name} has thing labels outside 0 … {things - 1}: {labels.unique().tolist()}")
 
 
-def _original_sizes(
-    images: Sequence[Tensor], targets: Targets | None, sizes: Sequence[Size] | None
-) -> Sequence[Size]:
+def _original_sizes(images: Sequence[Tensor], targets: Targets | None, sizes: Sequence[Size] | None) -> Sequence[Size]:
     if sizes is None and targets is not None:
         sizes = [target["size"] for target in targets]
     if sizes is None:

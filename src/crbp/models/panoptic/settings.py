@@ -211,8 +211,9 @@ class SemanticSettings:
     def __post_init__(self) -> None:
         count("channels", self.channels)
         if self.channels % 32:
-            raise ValueError(f"the semantic head normalises 32 groups: its channels must be a multiple of 32, "
-                             f"not {self.channels}")
+            raise ValueError(
+                f"the semantic head normalises 32 groups: its channels must be a multiple of 32, not {self.channels}"
+            )
         non_negative("weight", self.weight)
 
 
