@@ -299,7 +299,7 @@ def test_weights_start_as_detectron2_does():
         model.roi_heads.box_predictor.bbox_pred: 0.001,
         model.roi_heads.mask_predictor.mask_fcn_logits: 0.001,
     }.items():
-        assert abs(float(layer.weight.std()) / deviation - 1) < 0.5
+        assert abs(float(layer.weight.detach().std()) / deviation - 1) < 0.5
     heads = (model.rpn, model.roi_heads, model.backbone.fpn, model.semantic_head.predictor)
     for module in (layer for head in heads for layer in head.modules()):
         if isinstance(module, nn.Conv2d | nn.Linear | nn.ConvTranspose2d) and module.bias is not None:

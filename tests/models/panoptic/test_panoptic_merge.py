@@ -71,7 +71,7 @@ def test_a_score_at_the_threshold_and_half_an_overlap_are_kept():
 
 def test_a_full_mask_covers_the_pixels_whose_centres_lie_in_its_box():
     """Between the outer samples of the mask and the box's edge it falls off to one half, so all of the box is in it."""
-    boxes = torch.tensor([[2.3, 4.6, 20.4, 17.5], [-5.0, -5.0, 8.0, 40.0]])
+    boxes = torch.tensor([[2.3, 4.6, 20.4, 17.7], [-5.0, -5.0, 8.0, 40.0]])
     pasted = paste_masks(torch.ones(2, 28, 28), boxes, SIZE)
     x, y = torch.arange(SIZE[1]) + 0.5, torch.arange(SIZE[0]) + 0.5
     for mask, (left, top, right, bottom) in zip(pasted, boxes.tolist(), strict=True):

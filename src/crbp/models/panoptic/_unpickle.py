@@ -18,13 +18,22 @@ from crbp.errors import CrbpError
 _reconstruct: Any = np.empty(0).__reduce__()[0]
 _scalar: Any = np.float64(0).__reduce__()[0]
 _NUMPY = {"_reconstruct": _reconstruct, "scalar": _scalar}
+_frombuffer: Any = np.empty(0).__reduce_ex__(5)[0]
 _ADMITTED: dict[tuple[str, str], Any] = {
+    **{(f"numpy.{core}.numeric", "_frombuffer"): _frombuffer for core in ("core", "_core")},
     **{(f"numpy.{core}.multiarray", name): made for core in ("core", "_core") for name, made in _NUMPY.items()},
     ("numpy", "ndarray"): np.ndarray,
     ("numpy", "dtype"): np.dtype,
     ("collections", "OrderedDict"): OrderedDict,
     ("_codecs", "encode"): codecs.encode,  # how bytes are written by protocol 2
 }
+# For `torch.load`: what is admitted above, and the kinds of numbers.
+_NUMBERS: list[Any] = [
+    *((made, f"{module}.{name}") for (module, name), made in _ADMITTED.items() if module.startswith("numpy.")),
+    np.ndarray,
+    np.dtype,
+    *{type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "b1")},
+]
 
 
 class CheckpointError(CrbpError, ValueError):
@@ -55,11 +64,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
                 found = _ArraysOnly(file, encoding="latin1").load()
         else:
             # Schedulers and optimisers of older checkpoints hold numbers of numpy.
-            numbers = [
-                (made, f"numpy.{core}.multiarray.{n}") for core in ("core", "_core") for n, made in _NUMPY.items()
-            ]
-            kinds = [np.ndarray, np.dtype, *{type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "b1")}]
-            with torch.serialization.safe_globals([*numbers, *kinds]):
+            with torch.serialization.safe_globals(_NUMBERS):
                 found = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, OSError, EOFError, RuntimeError, ValueError, TypeError, KeyError) as error:
         reason = str(error).strip().split("\n")[0]

@@ -17,7 +17,7 @@ from crbp.models.panoptic.settings import BackboneNorm, BackboneSettings
 LEVELS = ("p2", "p3", "p4", "p5", "p6")
 STRIDES = (4, 8, 16, 32, 64)
 
-_BLOCKS: dict[int, tuple[type[nn.Module], list[int]]] = {
+_BLOCKS: dict[int, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
     18: (BasicBlock, [2, 2, 2, 2]),
     50: (Bottleneck, [3, 4, 6, 3]),
     101: (Bottleneck, [3, 4, 23, 3]),

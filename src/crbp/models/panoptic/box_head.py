@@ -123,7 +123,8 @@ class InstanceHeads(RoIHeads):
         proposals, matched, labels, deltas = self.select_training_samples(proposals, shifted)
         classes = [torch.where(label == 0, self.things, label - 1) for label in labels]
         hidden = self.box_head(self.box_roi_pool(features, proposals))
-        losses = self._box_losses(*self.box_predictor(hidden), torch.cat(classes), torch.cat(deltas))
+        scores, found = self.box_predictor(hidden)
+        losses = self._box_losses(scores, found, torch.cat(classes), torch.cat(deltas))
         on_object = [label < self.things for label in classes]
         boxes = [box[chosen] for box, chosen in zip(proposals, on_object, strict=True)]
         seen = self.mask_head(self.mask_roi_pool(features, boxes))
@@ -151,15 +152,15 @@ class InstanceHeads(RoIHeads):
     ) -> list[Detections]:
         """What is found in each image."""
         hidden = self.box_head(self.box_roi_pool(features, proposals))
-        found = self.postprocess_detections(*self.box_predictor(hidden), proposals, image_shapes)
-        boxes, scores, labels = found
+        logits, deltas = self.box_predictor(hidden)
+        boxes, scores, labels = self.postprocess_detections(logits, deltas, proposals, image_shapes)
         masks, steps = self._masks(features, boxes, torch.cat(labels))
         sizes = [len(box) for box in boxes]
-        every_steps = [None] * len(boxes) if steps is None else steps.split(sizes)
+        every_steps = [None] * len(boxes) if steps is None else torch.split(steps, sizes)
         return [
             Detections(boxes=box, scores=score, labels=label, masks=mask, steps=taken)
             for box, score, label, mask, taken in zip(
-                boxes, scores, labels, masks.split(sizes), every_steps, strict=True
+                boxes, scores, labels, torch.split(masks, sizes), every_steps, strict=True
             )
         ]
 
@@ -167,11 +168,8 @@ class InstanceHeads(RoIHeads):
         """Probabilities ``(n, m, m)`` of the masks of the boxes' classes, a chunk of boxes at a time."""
         pooled = self.mask_roi_pool(features, boxes)
         probabilities, steps = [], []
-        for rows, classes in zip(
-            pooled.split(self.chunk or max(len(pooled), 1)),
-            labels.split(self.chunk or max(len(pooled), 1)),
-            strict=True,
-        ):
+        chunk = self.chunk or max(len(pooled), 1)
+        for rows, classes in zip(torch.split(pooled, chunk), torch.split(labels, chunk), strict=True):
             seen = self.mask_head(rows)
             logits = self.mask_predictor(seen.features)
             own = logits[torch.arange(len(rows), device=rows.device), classes]
@@ -191,9 +189,8 @@ class InstanceHeads(RoIHeads):
         sizes = [len(box) for box in proposals]
         decoded = self.box_coder.decode(box_regression, proposals).view(-1, self.things, 4)
         found: tuple[list[Tensor], list[Tensor], list[Tensor]] = [], [], []
-        for boxes, scores, shape in zip(
-            decoded.split(sizes), class_logits.softmax(dim=1).split(sizes), image_shapes, strict=True
-        ):
+        by_image = torch.split(decoded, sizes), torch.split(class_logits.softmax(dim=1), sizes)
+        for boxes, scores, shape in zip(*by_image, image_shapes, strict=True):
             finite = boxes.isfinite().all(dim=2).all(dim=1) & scores.isfinite().all(dim=1)
             # The background, which is last, is no detection.
             row, label = torch.where(finite[:, None] & (scores[:, :-1] > self.score_thresh))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -136,17 +136,13 @@ def _short(values: Tensor) -> list[float]:
 
 def _trained_with(model: PanopticFPN, whose: str, *, stride_in_1x1: bool, pixels: PixelSettings) -> None:
     """Raise unless the model shows its ResNet what the weights were trained on, and strides where they do."""
-    wanted: Iterable[str] = (
-        *([f"backbone=BackboneSettings(stride_in_1x1={stride_in_1x1})"] if _strides(model) != stride_in_1x1 else []),
-        *([f"pixels={pixels}"] if model.pixels != pixels else []),
-    )
-    if told := " and ".join(wanted):
-        raise CheckpointError(f"{whose} need a model made with {told}")
-
-
-def _strides(model: PanopticFPN) -> bool | None:
-    """Whether bottlenecks stride first; None where the blocks are none."""
-    return None if model.depth == 18 else model.stride_in_1x1
+    wanted = []
+    if model.depth > 18 and model.stride_in_1x1 != stride_in_1x1:  # the blocks of ResNet-18 have no 1×1 to stride in
+        wanted.append(f"backbone=BackboneSettings(stride_in_1x1={stride_in_1x1})")
+    if model.pixels != pixels:
+        wanted.append(f"pixels={pixels}")
+    if wanted:
+        raise CheckpointError(f"{whose} need a model made with {' and '.join(wanted)}")
 
 
 def _download(depth: int) -> dict[str, Tensor]:

@@ -51,7 +51,8 @@ class ConvolutionalMaskHead(MaskRCNNHeads, MaskHead):
 
     def forward(self, pooled: Tensor) -> MaskFeatures:
         """``(n, C, s, s)`` to features of the same size."""
-        return MaskFeatures(super().forward(pooled))
+        features: Tensor = MaskRCNNHeads.forward(self, pooled)
+        return MaskFeatures(features)
 
 
 class RecurrentMaskHead(MaskHead):
@@ -174,7 +175,7 @@ def mask_targets(masks: Tensor, boxes: Tensor, matched: Tensor, size: int) -> Te
     if len(boxes) == 0:
         return torch.zeros(0, size, size, dtype=torch.bool, device=boxes.device)
     rows = torch.cat([matched[:, None].to(boxes.dtype), boxes], dim=1)
-    soft = roi_align(masks[:, None].to(boxes.dtype), rows, size, 1.0, sampling_ratio=0, aligned=True)
+    soft: Tensor = roi_align(masks[:, None].to(boxes.dtype), rows, size, 1.0, sampling_ratio=0, aligned=True)
     return soft[:, 0] >= 0.5
 
 

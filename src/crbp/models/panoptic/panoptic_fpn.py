@@ -206,7 +206,7 @@ class RFPN(PanopticFPN):
         depth: int = 50,
         *,
         evolve: Evolve = Evolve(steps=20, gradient=RBP()),
-        penalty: Callable[[Run], Tensor] | None = None,
+        penalty: Callable[[Run], Any] | None = None,  # jsonargparse would make what a class named here says
         tolerance: float | None = None,
         things: int = 80,
         stuff: int = 53,
