@@ -74,6 +74,13 @@ def _bench(arguments: list[str]) -> None:
     bench(arguments)
 
 
+def _model_summary(arguments: list[str]) -> None:
+    _need("panoptic", "torchvision", "numpy", "rich")
+    from crbp.models.panoptic.summary import main as summary
+
+    summary(arguments)
+
+
 COMMANDS = {
     "fit": _Command(
         "train a model as a configuration says",
@@ -110,6 +117,9 @@ COMMANDS = {
         "see what a trained model does beyond the steps it was trained for",
         "crbp analyze runs/NAME/version_0/weights/best.safetensors --out analysis",
         _analyze,
+    ),
+    "model-summary": _Command(
+        "count the parameters of a panoptic model", "crbp model-summary rfpn --depth 50", _model_summary
     ),
     "bench": _Command("measure speed and memory beside the textbook C-RBP", "crbp bench --out bench", _bench),
 }
@@ -151,7 +161,7 @@ def _help() -> str:
     lines = ["usage: crbp COMMAND [OPTIONS]", "", "Train recurrent networks at constant memory, stably."]
     lines += ["", "commands (crbp COMMAND --help lists the options of one):"]
     for name, command in COMMANDS.items():
-        lines += [f"  {name:<10}{command.summary}", f"  {'':<10}  {command.example}"]
+        lines += [f"  {name:<15}{command.summary}", f"  {'':<15}  {command.example}"]
     return "\n".join([*lines, "", "options:", "  --version   print the version", "  --help      print this"])
 
 
