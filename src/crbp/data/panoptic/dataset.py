@@ -99,9 +99,7 @@ class PanopticDataset(Dataset[Example]):
             The segment numbers int32 ``(H, W)``, 0 on void, and the list of segments, each a dict of ``id``,
             ``category_id``, ``iscrowd``, ``area`` in pixels and ``bbox`` (x, y, width, height).
         """
-        scene = self.scene(self.resolve(index))
-        numbers = np.concatenate([np.zeros(1, np.int32), scene.ids])
-        return torch.from_numpy(numbers[scene.places]), segments_info(scene)
+        return scene_truth(self.scene(self.resolve(index)))
 
     def ground_truth(self, indices: Sequence[int] | None = None) -> dict[str, Any]:
         """The things of some images, or of all, as the content of a COCO `instances_*.json`, for box and mask AP.
@@ -161,6 +159,12 @@ def mask_boxes(masks: NDArray[np.bool_]) -> tuple[NDArray[np.float32], NDArray[n
     last = [each.shape[1] - each[:, ::-1].argmax(axis=1) for each in (columns, rows)]
     boxes = np.stack([*first, *last], axis=1).astype(np.float32)
     return np.where(seen[:, None], boxes, np.float32(0)), seen
+
+
+def scene_truth(scene: Scene) -> tuple[Tensor, list[dict[str, Any]]]:
+    """The segment numbers int32 ``(H, W)`` of a scene, 0 on void, and its segments as the JSON lists them."""
+    numbers = np.concatenate([np.zeros(1, np.int32), scene.ids])
+    return torch.from_numpy(numbers[scene.places]), segments_info(scene)
 
 
 def segments_info(scene: Scene) -> list[dict[str, Any]]:
