@@ -235,8 +235,8 @@ def _label_findings(path: Path, record: Record) -> tuple[list[Finding], NDArray[
         if record.areas[k] >= 0 and record.areas[k] != areas[k]:
             found.append(Finding(str(path), this, f"the JSON's area is {record.areas[k]:g}, the PNG's {areas[k]}"))
         if record.boxes[k, 2] >= 0 and (record.boxes[k] != boxes[k]).any():
-            told, seen = ([f"{value:g}" for value in box] for box in (record.boxes[k], boxes[k]))
-            found.append(Finding(str(path), this, f"the JSON's bbox is {told}, the PNG's {seen}".replace("'", "")))
+            told, seen = (", ".join(f"{value:g}" for value in box) for box in (record.boxes[k], boxes[k]))
+            found.append(Finding(str(path), this, f"the JSON's bbox is [{told}], the PNG's [{seen}]"))
     return found, areas
 
 

@@ -44,7 +44,7 @@ Example = tuple[Tensor, Target]
 class Key(NamedTuple):
     """Which image is asked for, and in which epoch, on which its resize and flip depend."""
 
-    index: int
+    item: int
     epoch: int = 0
 
 
@@ -151,8 +151,8 @@ def example(scene: Scene, view: View, categories: Categories) -> Example:
 
 def mask_boxes(masks: NDArray[np.bool_]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """The boxes ``(n, 4)`` around masks ``(n, H, W)``, and which masks have any pixel, ``(n,)``."""
-    columns, rows = masks.any(axis=1), masks.any(axis=2)
-    seen = rows.any(axis=1)
+    columns, rows = (np.asarray(masks.any(axis=axis), np.bool_) for axis in (1, 2))
+    seen = np.asarray(rows.any(axis=1), np.bool_)
     if not masks.size:
         return np.zeros((len(masks), 4), np.float32), seen
     first = [columns.argmax(axis=1), rows.argmax(axis=1)]
@@ -198,7 +198,7 @@ def instance_annotations(scene: Scene, categories: Categories, *, first_id: int)
 
     Numbers start at 1 since the official evaluator takes 0 for "no match".
     """
-    found = []
+    found: list[dict[str, Any]] = []
     for k, info in enumerate(segments_info(scene), start=1):
         if categories.isthing(info["category_id"]):
             mask = run_lengths(scene.places == k)

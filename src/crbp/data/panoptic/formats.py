@@ -28,7 +28,8 @@ def ids_from_rgb(rgb: NDArray[np.uint8]) -> NDArray[np.int32]:
     if rgb.ndim != 3 or rgb.shape[2] != 3 or rgb.dtype != np.uint8:
         raise ValueError(f"colours must be (H, W, 3) of uint8, not {rgb.shape} of {rgb.dtype}")
     red, green, blue = (rgb[..., k].astype(np.int32) for k in range(3))
-    return red + (green << 8) + (blue << 16)
+    ids: NDArray[np.int32] = red | green << 8 | blue << 16
+    return ids
 
 
 def rgb_from_ids(ids: NDArray[np.integer[Any]]) -> NDArray[np.uint8]:

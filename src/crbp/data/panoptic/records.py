@@ -121,7 +121,8 @@ class Records(Sequence[Record]):
     def has_instance(self, categories: Categories) -> NDArray[np.bool_]:
         """Of each image, ``(n,)``, whether it has a thing that is no crowd."""
         counted = np.isin(self._categories, categories.things) & ~self._crowd
-        return np.diff(np.concatenate([[0], np.cumsum(counted)])[self._starts]) > 0
+        found: NDArray[np.bool_] = np.diff(np.concatenate([[0], np.cumsum(counted)])[self._starts]) > 0
+        return found
 
 
 class _Names(Sequence[str]):
@@ -199,7 +200,7 @@ def problems(path: str | Path, content: dict[str, Any], categories: Categories) 
 def sound(content: dict[str, Any]) -> dict[str, Any]:
     """The part of a panoptic JSON that `Records` can hold, of one that has `problems`."""
     images = {each["id"]: each for each in content["images"] if not any(_image_problems("", each, set()))}
-    kept = {}
+    kept: dict[int, dict[str, Any]] = {}
     for each in content["annotations"]:
         if not _lacking(each, image_id=int, file_name=str, segments_info=list) and each["image_id"] in images:
             segments: dict[int, dict[str, Any]] = {}
