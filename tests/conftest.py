@@ -45,12 +45,3 @@ def load_script():
         return module
 
     return load
-
-
-@pytest.fixture
-def shared_data() -> Path:
-    """The folder of reference data beside the checkout, which is not part of the project."""
-    folder = Path(os.environ.get("CRBP_SHARED", Path(__file__).parents[2] / "shared")) / "data"
-    if not folder.exists():
-        pytest.skip("the reference data is not beside this checkout")
-    return folder

@@ -17,7 +17,7 @@ from crbp._checks import choice, count, non_negative, share
 from crbp.data.panoptic import Categories
 from crbp.metrics import DetectionAP, PanopticQuality
 from crbp.models import RFPN, PanopticFPN
-from crbp.models.panoptic import PanopticResult
+from crbp.models.panoptic import PanopticResult, load_weights
 from crbp.tasks._backward import log_backward
 from crbp.tasks.panoptic_data import PanopticBatch, Truth
 
@@ -52,6 +52,8 @@ class PanopticTask(pl.LightningModule):
         milestones: shares of all optimiser steps, rising, at which the rate falls.
         average_precision: measure it in validation and test; it takes about as long as panoptic quality.
         steps: of the mask head's recurrence in validation, test and prediction; None for those it is trained with.
+        weights: to start training from, as `crbp.models.panoptic.load_weights` takes them: a file, or ``"imagenet"``;
+            None to train from scratch.
 
     Raises:
         ValueError: for values out of range, or ones that do not go together.
@@ -74,6 +76,7 @@ class PanopticTask(pl.LightningModule):
         milestones: tuple[float, ...] = (2 / 3, 8 / 9),
         average_precision: bool = True,
         steps: int | None = None,
+        weights: str | None = None,
     ) -> None:
         super().__init__()
         choice("optimizer", optimizer, get_args(Optimizer))
@@ -96,16 +99,17 @@ class PanopticTask(pl.LightningModule):
         self.optimizer, self.learning_rate, self.reference_batch = optimizer, learning_rate, reference_batch
         self.momentum, self.weight_decay = momentum, weight_decay
         self.warmup_steps, self.milestones = warmup_steps, tuple(milestones)
-        self.average_precision, self.steps = average_precision, steps
+        self.average_precision, self.steps, self.weights = average_precision, steps, weights
         self.categories: Categories | None = None
         self.quality: PanopticQuality | None = None
         self.precision: DetectionAP | None = None
 
     def setup(self, stage: str) -> None:
-        """Take the categories from the data.
+        """Take the categories from the data, and the weights to start from.
 
         Raises:
             ValueError: if the network has other numbers of classes.
+            CheckpointError: if the weights cannot be had or do not fit.
         """
         categories: Categories = self.trainer.datamodule.categories  # type: ignore[attr-defined]
         wanted, has = (len(categories.things), len(categories.stuff)), (self.net.things, self.net.stuff)
@@ -115,6 +119,8 @@ class PanopticTask(pl.LightningModule):
                 f"{has[1]}; set things={wanted[0]} and stuff={wanted[1]}"
             )
         self.categories = categories
+        if stage == "fit" and self.weights is not None:
+            load_weights(self.net, self.weights)  # a checkpoint that is resumed is read after this
         if stage != "predict":
             self.quality = PanopticQuality(categories.as_json())
             self.precision = DetectionAP() if self.average_precision else None
