@@ -15,6 +15,7 @@ from tiny_contours import LEAF_SPEC
 
 import crbp
 from crbp.data.panoptic import Categories, DataError, write_shapes
+from crbp.metrics import evaluate_panoptic_files
 from crbp.models import RFPN, PanopticFPN
 from crbp.models.panoptic import PanopticResult, mini_settings
 from crbp.models.panoptic.settings import BoxSettings, MaskSettings, ProposalSettings, SemanticSettings
@@ -109,6 +110,16 @@ def test_a_network_without_mistakes_has_quality_and_precision_of_one(tmp_path: P
     }  # fmt: skip
     assert found["test/mask_ap"] == pytest.approx(1)
     assert found["test/box_ap"] == pytest.approx(1)
+
+
+def test_results_of_a_test_are_written_in_the_official_form(tmp_path: Path) -> None:
+    write_shapes(tmp_path / "set", images=(1, 3), size=128, workers=1, progress=False)
+    source = Coco(root=str(tmp_path / "set"), train="train", val="val")
+    data = PanopticData(source, shortest=(128,), shortest_test=128, longest=128, workers=0)
+    task = PanopticTask(Knowing(data), results=str(tmp_path / "mine.json"))  # type: ignore[arg-type]
+    trainer(tmp_path).test(task, data, verbose=False)
+    found = evaluate_panoptic_files(tmp_path / "set" / "panoptic_val.json", None, tmp_path / "mine.json", None)
+    assert found["pq"] == 1
 
 
 def test_segments_are_named_by_the_ids_of_the_data_set() -> None:

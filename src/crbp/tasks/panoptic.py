@@ -5,6 +5,8 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 import crbp
 from crbp._checks import choice, count, non_negative, share
 from crbp.data.panoptic import Categories
-from crbp.metrics import DetectionAP, PanopticQuality
+from crbp.metrics import DetectionAP, PanopticQuality, PanopticWriter
 from crbp.models import RFPN, PanopticFPN
 from crbp.models.panoptic import PanopticResult, load_weights
 from crbp.tasks._backward import log_backward
@@ -54,6 +56,8 @@ class PanopticTask(pl.LightningModule):
         steps: of the mask head's recurrence in validation, test and prediction; None for those it is trained with.
         weights: to start training from, as `crbp.models.panoptic.load_weights` takes them: a file, or ``"imagenet"``;
             None to train from scratch.
+        results: write what a test finds as COCO's server takes it: this JSON, and PNGs in the folder of the same name.
+            None for nothing. With several processes each writes its own, its rank in the name.
 
     Raises:
         ValueError: for values out of range, or ones that do not go together.
@@ -77,6 +81,7 @@ class PanopticTask(pl.LightningModule):
         average_precision: bool = True,
         steps: int | None = None,
         weights: str | None = None,
+        results: str | None = None,
     ) -> None:
         super().__init__()
         choice("optimizer", optimizer, get_args(Optimizer))
@@ -99,7 +104,10 @@ class PanopticTask(pl.LightningModule):
         self.optimizer, self.learning_rate, self.reference_batch = optimizer, learning_rate, reference_batch
         self.momentum, self.weight_decay = momentum, weight_decay
         self.warmup_steps, self.milestones = warmup_steps, tuple(milestones)
-        self.average_precision, self.steps, self.weights = average_precision, steps, weights
+        self.average_precision, self.steps = average_precision, steps
+        self.weights, self.results = weights, results
+        self._files = ExitStack()
+        self._writer: PanopticWriter | None = None
         self.categories: Categories | None = None
         self.quality: PanopticQuality | None = None
         self.precision: DetectionAP | None = None
@@ -143,6 +151,18 @@ class PanopticTask(pl.LightningModule):
     def validation_step(self, batch: PanopticBatch, batch_idx: int) -> None:
         """Count the segments of a batch."""
         self._evaluate(batch)
+
+    def on_test_start(self) -> None:
+        """Open the files of the results, where they are asked for."""
+        if self.results is not None:
+            path, rank = Path(self.results), self.trainer.global_rank
+            name = path.stem if self.trainer.world_size == 1 else f"{path.stem}_{rank}"
+            self._writer = self._files.enter_context(PanopticWriter(path.with_name(f"{name}.json")))
+
+    def on_test_end(self) -> None:
+        """Close them: only now is the JSON written."""
+        self._files.close()
+        self._writer = None
 
     def test_step(self, batch: PanopticBatch, batch_idx: int) -> None:
         """Like `validation_step`, under ``test/``."""
@@ -213,8 +233,11 @@ class PanopticTask(pl.LightningModule):
         assert self.quality is not None  # made in setup
         assert self.categories is not None
         assert batch.truths is not None
-        for result, truth in zip(self._results(batch), batch.truths, strict=True):
-            self.quality.update(result.panoptic, self.segments(result), *truth)
+        for result, target, truth in zip(self._results(batch), batch.targets, batch.truths, strict=True):
+            segments = self.segments(result)
+            self.quality.update(result.panoptic, segments, *truth)
+            if self._writer is not None:
+                self._writer.write(target["image_id"], result.panoptic, segments)
             if self.precision is not None:
                 found = {name: getattr(result, name) for name in ("boxes", "scores", "labels", "masks")}
                 self.precision.update([found], [instances(truth, self.categories)])
