@@ -47,7 +47,7 @@ def test_galahgru_starts_from_the_paper():
         assert not norm.bias.any()
     for conv in (cell.inhibition, cell.excitation, cell.channel_expand, cell.spatial_squeeze, cell.update_gate):
         expected = math.sqrt(2 / conv.weight[0].numel())  # Kaiming's, by the number of inputs
-        assert abs(float(conv.weight.std()) / expected - 1) < 0.1
+        assert abs(float(conv.weight.detach().std()) / expected - 1) < 0.1
     assert not cell.channel_squeeze.bias.any()
     assert not cell.spatial_squeeze.bias.any()
     assert torch.equal(GALAHGRU(32, norm_scale=1.0).excitation_norm.weight, torch.ones(32))
