@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from crbp.data._files import write_atomic
 from crbp.data.errors import DataError
-from crbp.metrics._panoptic_png import png, read_ids, rgb_from_ids, write_atomic
+from crbp.data.panoptic.formats import png, read_ids, rgb_from_ids
 from crbp.metrics.panoptic import ClassCounts, count_segments, quality, thing_flags
 
 _Json = dict[str, Any]
