@@ -1,6 +1,7 @@
-"""What every test shares: one thread, one seed, and how a script that is in no package is loaded."""
+"""What every test shares: one thread, one seed, reference data, and how a script that is in no package is loaded."""
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +17,15 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    """The folder of reference data beside the checkout, which is not part of the project."""
+    folder = Path(os.environ.get("CRBP_SHARED", Path(__file__).parents[2] / "shared")) / "data"
+    if not folder.exists():
+        pytest.skip("the reference data is not beside this checkout")
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -192,6 +192,6 @@ def test_as_a_process() -> None:
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.splitlines() == [
-        "crbp: error: 'fitt' is no command of crbp; choose one of fit, validate, test, predict, generate, demo, "
-        "analyze, bench (see crbp --help)"
+        "crbp: error: 'fitt' is no command of crbp; choose one of fit, validate, test, predict, generate, data, "
+        "demo, analyze, bench (see crbp --help)"
     ]

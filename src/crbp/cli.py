@@ -36,8 +36,19 @@ def _lightning(name: str) -> Callable[[list[str]], None]:
 
 def _generate(arguments: list[str]) -> None:
     _need("data", "numba", "numpy", "PIL", "pyarrow", "rich")
+    if arguments[:1] == ["shapes"]:
+        from crbp.data.panoptic.command import shapes
+
+        return shapes(arguments[1:])
     options = _generate_parser().parse_args(arguments)
-    _write_data(options)
+    return _write_data(options)
+
+
+def _data(arguments: list[str]) -> None:
+    _need("data", "numpy", "PIL", "rich")
+    from crbp.data.panoptic.command import data
+
+    data(arguments)
 
 
 def _demo(arguments: list[str]) -> None:
@@ -63,6 +74,13 @@ def _bench(arguments: list[str]) -> None:
     bench(arguments)
 
 
+def _model_summary(arguments: list[str]) -> None:
+    _need("panoptic", "torchvision", "numpy", "rich")
+    from crbp.models.panoptic.summary import main as summary
+
+    summary(arguments)
+
+
 COMMANDS = {
     "fit": _Command(
         "train a model as a configuration says",
@@ -85,15 +103,23 @@ COMMANDS = {
         _lightning("predict"),
     ),
     "generate": _Command(
-        "write a data set of contour images",
+        "write a data set of contour images, or (generate shapes) of panoptic segmentation",
         "crbp generate --preset pf14 --size 10000 --split test --out data/pf14",
         _generate,
+    ),
+    "data": _Command(
+        "find what is wrong with a panoptic data set, or print its statistics",
+        "crbp data check --images val2017 --panoptic annotations/panoptic_val2017.json",
+        _data,
     ),
     "demo": _Command("see the stable and the unstable way to train side by side", "crbp demo --quick", _demo),
     "analyze": _Command(
         "see what a trained model does beyond the steps it was trained for",
         "crbp analyze runs/NAME/version_0/weights/best.safetensors --out analysis",
         _analyze,
+    ),
+    "model-summary": _Command(
+        "count the parameters of a panoptic model", "crbp model-summary rfpn --depth 50", _model_summary
     ),
     "bench": _Command("measure speed and memory beside the textbook C-RBP", "crbp bench --out bench", _bench),
 }
@@ -135,7 +161,7 @@ def _help() -> str:
     lines = ["usage: crbp COMMAND [OPTIONS]", "", "Train recurrent networks at constant memory, stably."]
     lines += ["", "commands (crbp COMMAND --help lists the options of one):"]
     for name, command in COMMANDS.items():
-        lines += [f"  {name:<10}{command.summary}", f"  {'':<10}  {command.example}"]
+        lines += [f"  {name:<15}{command.summary}", f"  {'':<15}  {command.example}"]
     return "\n".join([*lines, "", "options:", "  --version   print the version", "  --help      print this"])
 
 
@@ -151,7 +177,7 @@ def _need(extra: str, *modules: str) -> None:
 def _generate_parser() -> Parser:
     from crbp.data.pathfinder import PRESETS, PathfinderConfig
 
-    about = "Write a data set of contour images, the same on every machine."
+    about = "Write a data set of contour images, the same on every machine; crbp generate shapes writes a panoptic one."
     parser = Parser(prog="crbp generate", description=about, allow_abbrev=False)
     parser.add_argument("--out", required=True, help="folder to write to; one per split")
     parser.add_argument("--preset", choices=sorted(PRESETS), help="task to start from (default: the published pf14)")

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from crbp.cells import HGRU, ConvGRU, ConvLSTM
+from crbp.cells import GALAHGRU, HGRU, ConvGRU, ConvLSTM
 
 CHANNELS = 4
 
@@ -91,10 +91,38 @@ def test_convgru():
     torch.testing.assert_close(cell(h, x), (1 - u) * h + u * candidate, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_galahgru(groups):
+    cell = _randomised(GALAHGRU(CHANNELS, 3, groups=groups))
+    h, x = _images(), _images()
+
+    def norm(image: Tensor, layer: nn.Module) -> Tensor:
+        grouped = image.unflatten(1, (groups, CHANNELS // groups))
+        mean = grouped.mean((2, 3, 4), keepdim=True)
+        variance = (grouped - mean).square().mean((2, 3, 4), keepdim=True)
+        white = ((grouped - mean) / (variance + 1e-5).sqrt()).flatten(1, 2)
+        return white * layer.weight[:, None, None] + layer.bias[:, None, None]
+
+    squeezed = _softplus(_conv(h, cell.channel_squeeze.weight, cell.channel_squeeze.bias))
+    channel = _conv(squeezed, cell.channel_expand.weight)
+    squeezed = _softplus(_conv(h, cell.spatial_squeeze.weight, cell.spatial_squeeze.bias))
+    spatial = _conv(squeezed, cell.spatial_map.weight)
+    assert channel.shape == h.shape
+    assert spatial.shape == (3, 1, 5, 6)
+    g1 = _sigmoid(channel * spatial + cell.attention_bias)
+    c1 = norm(_conv(h * g1, cell.inhibition.weight), cell.inhibition_norm)
+    z = _softplus(x - c1 * (cell.alpha * h + cell.mu))
+    g2 = _sigmoid(_conv(z, cell.update_gate.weight, cell.update_gate.bias))
+    candidate = _softplus(norm(_conv(z, cell.excitation.weight), cell.excitation_norm))
+    torch.testing.assert_close(cell(h, x), (1 - g2) * h + g2 * candidate, rtol=1e-12, atol=1e-12)
+    assert cell.readout_of(h) is h
+
+
 CELLS = {
     "hgru": lambda: HGRU(CHANNELS, 3),
     "hgru-group": lambda: HGRU(CHANNELS, 3, norm="group"),
     "hgru-none": lambda: HGRU(CHANNELS, 3, norm="none"),
+    "galahgru": lambda: GALAHGRU(CHANNELS, 3, groups=2),
     "convlstm": lambda: ConvLSTM(CHANNELS, 3),
     "convgru": lambda: ConvGRU(CHANNELS, 3),
 }

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from crbp.cells import HGRU, ConvGRU, ConvLSTM
+from crbp.cells import GALAHGRU, HGRU, ConvGRU, ConvLSTM
 from crbp.cells._parts import chronos_, make_norm
 
 HORIZON = 20
@@ -33,6 +33,39 @@ def test_hgru_starts_its_gates_against_each_other():
     cell = HGRU(MANY, 1, horizon=HORIZON)
     _assert_chronos(cell.inhibition_gate.bias)
     assert torch.equal(cell.update_gate.bias, -cell.inhibition_gate.bias)
+
+
+def test_galahgru_starts_from_the_paper():
+    cell = GALAHGRU(MANY, 3, horizon=HORIZON)
+    _assert_chronos(cell.attention_bias)
+    assert torch.equal(cell.update_gate.bias, -cell.attention_bias.flatten())
+    assert torch.equal(cell.alpha, torch.full((MANY, 1, 1), 0.1))
+    assert torch.equal(cell.mu, torch.ones(MANY, 1, 1))
+    for norm in (cell.inhibition_norm, cell.excitation_norm):
+        assert norm.num_groups == 32
+        assert torch.equal(norm.weight, torch.full((MANY,), 0.1))
+        assert not norm.bias.any()
+    for conv in (cell.inhibition, cell.excitation, cell.channel_expand, cell.spatial_squeeze, cell.update_gate):
+        expected = math.sqrt(2 / conv.weight[0].numel())  # Kaiming's, by the number of inputs
+        assert abs(float(conv.weight.detach().std()) / expected - 1) < 0.1
+    assert not cell.channel_squeeze.bias.any()
+    assert not cell.spatial_squeeze.bias.any()
+    assert torch.equal(GALAHGRU(32, norm_scale=1.0).excitation_norm.weight, torch.ones(32))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "named"),
+    [
+        ((30,), {"groups": 5}, "multiple of 4 and of groups=5, not 30"),
+        ((20,), {}, "multiple of 4 and of groups=32, not 20"),
+        ((32,), {"groups": 0}, "groups .* not 0"),
+        ((32, 4), {}, "kernel_size must be odd.* not 4"),
+        ((32,), {"horizon": 2}, "horizon .* not 2"),
+    ],
+)
+def test_bad_sizes_of_galahgru_are_named(arguments, options, named):
+    with pytest.raises(ValueError, match=named):
+        GALAHGRU(*arguments, **options)
 
 
 def test_convlstm_starts_to_remember():

@@ -9,7 +9,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from crbp.data.pathfinder import PRESETS, GenerationError, PathfinderConfig, _kernels, generate_batch, scene
+from crbp.data._compile import cached
+from crbp.data.pathfinder import PRESETS, GenerationError, PathfinderConfig, generate_batch, scene
 
 MINI = PathfinderConfig.preset("mini")
 
@@ -257,5 +258,5 @@ def test_code_that_cannot_be_cached_is_compiled_with_a_warning():
     names: dict = {}
     exec("def double(x): return 2 * x", names)  # no file, so numba finds no place for its cache
     with pytest.warns(RuntimeWarning, match="set NUMBA_CACHE_DIR"):
-        double = _kernels._cached(names["double"])
+        double = cached(names["double"])
     assert double(3) == 6

@@ -2,6 +2,7 @@
 
 from crbp.cells.convgru import ConvGRU
 from crbp.cells.convlstm import ConvLSTM
+from crbp.cells.gala import GALAHGRU
 from crbp.cells.hgru import HGRU
 
-__all__ = ["HGRU", "ConvGRU", "ConvLSTM"]
+__all__ = ["GALAHGRU", "HGRU", "ConvGRU", "ConvLSTM"]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-_FAMILIES = ("pathfinder",)
+_FAMILIES = ("panoptic", "pathfinder")
 
-__all__ = ["pathfinder"]
+__all__ = ["panoptic", "pathfinder"]
 
 
 def __getattr__(name: str) -> ModuleType:

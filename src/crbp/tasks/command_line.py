@@ -152,21 +152,23 @@ class _CommandLine(LightningCLI):
     def _callbacks(self, given: list[Callback]) -> list[Callback]:
         settings = self._settings.trainer
         if self.subcommand == "predict":
-            return [PredictionWriter(self._settings.out)]
+            writer = getattr(self.model, "prediction_writer", PredictionWriter)
+            return [writer(self._settings.out)]
         if self.subcommand != "fit":
             return []
         chosen: list[Callback] = []
+        monitor = getattr(self.model, "monitor", _MONITOR)
         if settings.logger is not False:
             chosen.append(LearningRateMonitor(logging_interval="step"))
         if settings.enable_checkpointing is not False and not settings.fast_dev_run:
             if not any(isinstance(callback, ModelCheckpoint) for callback in given):
                 chosen.append(
                     ModelCheckpoint(
-                        filename="best", monitor=_MONITOR, mode="max", save_last=True, enable_version_counter=False
+                        filename="best", monitor=monitor, mode="max", save_last=True, enable_version_counter=False
                     )
                 )
             if (origin := self._origin()) is not None:
-                chosen.append(SafetensorsExport(origin, monitor=_MONITOR))
+                chosen.append(SafetensorsExport(origin, monitor=monitor))
         return chosen
 
     def _run_subcommand(self, subcommand: str) -> None:

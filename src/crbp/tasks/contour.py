@@ -16,7 +16,7 @@ from crbp._checks import choice, count, non_negative, share
 from crbp.losses import focal_loss
 from crbp.metrics import contour_metrics
 from crbp.models import Prediction
-from crbp.solvers import StopReason
+from crbp.tasks._backward import log_backward
 from crbp.tasks.penalties import Penalty
 
 Supervision = Literal["last", "all"]
@@ -25,8 +25,6 @@ Stage = Literal["val", "test"]
 Batch = dict[str, Tensor]
 
 RAMP = 0.8  # share of the training over which a penalty's weight rises
-
-_FAILED = (StopReason.DIVERGED, StopReason.NOT_FINITE)
 
 
 class ContourTask(pl.LightningModule):
@@ -150,15 +148,8 @@ class ContourTask(pl.LightningModule):
 
     def on_after_backward(self) -> None:
         """Log how the backward equation was solved, which is known only now."""
-        backward = self._report.backward if self._report is not None else None
+        log_backward(self, self._report)
         self._report = None
-        if backward is None:
-            return
-        self.log("train/backward_terms", float(backward.terms))
-        self.log("train/backward_residual", backward.residual)
-        counted: dict[str, Any] = {"on_step": False, "on_epoch": True, "reduce_fx": "sum", "sync_dist": True}
-        self.log("train/backward_failed", float(backward.stop in _FAILED), **counted)
-        self.log("train/backward_fell_back", float(backward.fell_back), **counted)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Count the pixels of a batch and log what its run did."""

@@ -211,7 +211,7 @@ class ContourData(pl.LightningDataModule):
         self.lead_in, self.lead_in_size = lead_in, min(lead_in_size, train_size)
         self.sizes: dict[Split, int] = {"train": train_size, "val": val_size, "test": test_size}
         self.flips, self.seed = flips, seed
-        self.workers = _spare_cores() if workers is None else workers
+        self.workers = spare_cores() if workers is None else workers
         self._loader: ResumableLoader | None = None
         self._resume: dict[str, int] | None = None
 
@@ -282,6 +282,7 @@ class ContourData(pl.LightningDataModule):
         }
 
 
-def _spare_cores() -> int:
+def spare_cores() -> int:
+    """Processes that may make batches beside this one: none where there are two cores or fewer."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores - 1, 8) if cores > 2 else 0

@@ -148,13 +148,13 @@ def _turned(item: Sample, key: Key) -> Sample:
 class ResumableLoader(DataLoader[Any]):
     """A loader over an `EpochSampler` that a checkpoint can take up again in the middle of an epoch.
 
-    `ContourData` saves `state_dict` with every checkpoint. The order of an epoch being known beforehand, the epoch
+    The data modules save `state_dict` with every checkpoint. The order of an epoch being known beforehand, the epoch
     and the number of batches handed out are all there is to save.
     """
 
     sampler: EpochSampler
 
-    def __init__(self, items: Flipped, sampler: EpochSampler, **settings: Any) -> None:
+    def __init__(self, items: Dataset[Any], sampler: EpochSampler, **settings: Any) -> None:
         super().__init__(items, sampler=sampler, **settings)
         self._given = 0
         self._resume: tuple[int, int] | None = None

@@ -13,7 +13,8 @@ from crbp.data.pathfinder.generator import Batch, GenerationError, Scene, genera
 from crbp.data.pathfinder.readers import FolderPathfinder, Skipped  # noqa: E402
 
 if TYPE_CHECKING:
-    from crbp.data.pathfinder.writer import Written, verify, write
+    from crbp.data._files import Written
+    from crbp.data.pathfinder.writer import verify, write
 
 __all__ = [
     "PRESETS",

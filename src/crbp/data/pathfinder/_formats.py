@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from crbp.data._files import write_atomic, write_checksums
 from crbp.data.pathfinder import _png
 from crbp.data.pathfinder.config import PathfinderConfig, Split
 from crbp.data.pathfinder.generator import Batch, generate_batch
@@ -43,22 +42,6 @@ class Job(NamedTuple):
     images: int
 
 
-def write_atomic(path: Path, content: bytes) -> str:
-    """Write a file that is whole or not there; return the SHA-256 of its content.
-
-    The temporary name starts with a dot and ends in the process number, so that no reader takes it for an
-    image and no two writers share it.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        part.write_bytes(content)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-    return hashlib.sha256(content).hexdigest()
-
-
 def checksum_path(job: Job) -> Path:
     """Return the file that lists a batch's checksums; written last, it says that the batch is whole."""
     return job.out / "checksums" / f"{job.batch:06d}.sha256"
@@ -68,24 +51,8 @@ def write_batch(job: Job) -> int:
     """Make and write one batch, and its checksums; return the number of images."""
     batch = generate_batch(job.config, split=job.split, seed=job.seed, start=job.start, count=job.images)
     sums = _FORMATS[job.format](job, batch)
-    text = "".join(f"{digest}  {name}\n" for name, digest in sums.items())
-    write_atomic(checksum_path(job), text.encode())
+    write_checksums(checksum_path(job), sums)
     return job.images
-
-
-def faults(out: Path, checksums: Path) -> list[str]:
-    """Return the files of a batch that are missing or changed, each with what is wrong."""
-    found = []
-    for line in checksums.read_text(encoding="utf-8").splitlines():
-        digest, _, name = line.partition("  ")
-        try:
-            content = (out / name).read_bytes()
-        except OSError as error:
-            found.append(f"{name} cannot be read ({error.strerror})")
-            continue
-        if hashlib.sha256(content).hexdigest() != digest:
-            found.append(f"{name} has changed since it was written")
-    return found
 
 
 def _write_folder(job: Job, batch: Batch) -> dict[str, str]:

@@ -10,15 +10,14 @@ IEEE 754 fixes to the last bit, so that an image is the same on every machine; n
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
 from math import ceil, floor, sqrt
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numba import njit
 
-from crbp.data.pathfinder._random import direction, start, uniform
+from crbp.data._compile import cached
+from crbp.data._random import direction, start, uniform
 
 # Columns of the `tally` array: scenes tried, long contours given up, distractors given up.
 TRIES, LONG_FAILED, SHORT_FAILED = 0, 1, 2
@@ -46,20 +45,6 @@ class Plan(NamedTuple):
     cells: int  # occupancy cells per window pixel and axis
     samples: int  # samples per image pixel and axis
     threshold: float
-
-
-def _cached(function: Callable[..., Any]) -> Any:
-    """Compile with an on-disk cache; say so where no directory can be written instead of being slow."""
-    try:
-        return njit(cache=True, nogil=True)(function)
-    except RuntimeError:  # neither the package's __pycache__ nor the user's cache directory is writable
-        warnings.warn(
-            "the compiled Pathfinder generator cannot be cached, so every process compiles it anew: "
-            "set NUMBA_CACHE_DIR to a writable directory",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return njit(nogil=True)(function)
 
 
 @njit(nogil=True)
@@ -362,7 +347,7 @@ def _render(coverage, plan, dashes, marks, target, tones, image, mask):  # type:
             mask[row, column] = coverage[1, row, column] > plan.threshold * full
 
 
-@_cached
+@cached
 def fill(plan, bends, tones, key, indices, images, masks, labels, dashes, marks, targets, tallies):  # type: ignore[no-untyped-def]
     """Make the scenes `indices` and draw them; return the first position that failed, or −1.
 

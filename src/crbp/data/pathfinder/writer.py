@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
 from importlib.metadata import version
-from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from crbp.data._extras import require
 
 require("PIL", "pyarrow")
 
+from crbp.data._files import Written, check_claim, faults, load_manifest, save_manifest, sha256  # noqa: E402
+from crbp.data._parallel import bar, cores, run  # noqa: E402
 from crbp.data.errors import DataError  # noqa: E402
-from crbp.data.pathfinder._formats import Job, checksum_path, faults, write_atomic, write_batch  # noqa: E402
+from crbp.data.pathfinder._formats import Job, checksum_path, write_batch  # noqa: E402
 from crbp.data.pathfinder.config import STREAM_VERSION, PathfinderConfig, Split, stream_key  # noqa: E402
-
-
-class Written(NamedTuple):
-    """What a call of `write` did: images made, images found whole from before, and the manifest's path."""
-
-    made: int
-    kept: int
-    manifest: Path
 
 
 def write(
@@ -92,14 +78,15 @@ def write(
         for k in range(shard[0], batches, shard[1])
     ]
     images = sum(job.images for job in jobs)
-    with _bar(progress, f"writing {split} images", images) as advance:
+    with bar(progress, f"writing {split} images", images) as advance:
         todo = []
         for job in jobs:
             if checksum_path(job).exists() and not faults(job.out, checksum_path(job)):
                 advance(job.images)
             else:
                 todo.append(job)
-        _run(todo, workers or _cores(), advance)
+        for made in run(write_batch, todo, workers or cores()):
+            advance(made)
     _save_manifest(manifest, task, shard, jobs)
     made = sum(job.images for job in todo)
     return Written(made, images - made, manifest)
@@ -113,7 +100,7 @@ def verify(out: str | Path) -> int:
             names the first few, and `write` with the same arguments makes them again.
     """
     root = Path(out)
-    manifests = {path.name: _load(path) for path in sorted(root.glob("manifest*.json"))}
+    manifests = {path.name: load_manifest(path, key="shards") for path in sorted(root.glob("manifest*.json"))}
     if not manifests:
         raise DataError(root, "there is no manifest*.json", "give the folder that was written to")
     again = "write with the same arguments makes again what is missing"
@@ -126,7 +113,7 @@ def verify(out: str | Path) -> int:
     for manifest in manifests.values():
         for name, batch in manifest["batches"].items():
             path = root / name
-            if not path.exists() or _sha256(path) != batch["sha256"]:
+            if not path.exists() or sha256(path) != batch["sha256"]:
                 wrong.append(f"{name} is missing or changed")
             else:
                 wrong += faults(root, path)
@@ -161,12 +148,9 @@ def _manifest_name(shard: tuple[int, int]) -> str:
 def _claim(manifest: Path, task: dict[str, Any], shard: tuple[int, int]) -> None:
     """Refuse a folder with another data set in it; else leave an unfinished manifest for others to see."""
     for path in sorted(manifest.parent.glob("manifest*.json")):
-        found = _load(path)
-        other = sorted(name for name, value in task.items() if found.get(name) != value)
-        if other:
-            raise DataError(path, f"the folder holds a data set of other {', '.join(other)}", "choose another folder")
+        check_claim(path, load_manifest(path, key="shards"), task)
     if not manifest.exists():
-        _save(manifest, {**task, "shard": shard[0], "complete": False, "batches": {}})
+        save_manifest(manifest, {**task, "shard": shard[0], "complete": False, "batches": {}})
 
 
 def _save_manifest(manifest: Path, task: dict[str, Any], shard: tuple[int, int], jobs: list[Job]) -> None:
@@ -174,11 +158,11 @@ def _save_manifest(manifest: Path, task: dict[str, Any], shard: tuple[int, int],
         checksum_path(job).relative_to(job.out).as_posix(): {
             "start": job.start,
             "images": job.images,
-            "sha256": _sha256(checksum_path(job)),
+            "sha256": sha256(checksum_path(job)),
         }
         for job in jobs
     }
-    _save(
+    save_manifest(
         manifest,
         {
             **task,
@@ -189,65 +173,3 @@ def _save_manifest(manifest: Path, task: dict[str, Any], shard: tuple[int, int],
             "batches": batches,
         },
     )
-
-
-def _save(path: Path, content: dict[str, Any]) -> None:
-    write_atomic(path, (json.dumps(content, indent=1) + "\n").encode())
-
-
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(path, f"the manifest is not JSON ({error})", "delete it and write again") from error
-    if not isinstance(content, dict) or "shards" not in content:
-        raise DataError(path, "this is not a manifest of a Pathfinder data set", "choose another folder")
-    return content
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _run(jobs: list[Job], workers: int, advance: Callable[[int], None]) -> None:
-    if workers == 1 or len(jobs) < 2:
-        for job in jobs:
-            advance(write_batch(job))
-        return
-    context = get_context("spawn")  # a forked child of a process with threads may hang
-    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context, initializer=_end_with_parent) as pool:
-        futures = [pool.submit(write_batch, job) for job in jobs]
-        try:
-            for future in as_completed(futures):
-                advance(future.result())
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-def _end_with_parent() -> None:
-    """Make a worker process end when its parent is killed, which cannot tell it to."""
-    parent = parent_process()
-    if parent is not None:
-        sentinel = parent.sentinel
-
-        def watch() -> None:
-            connection.wait([sentinel])
-            os._exit(1)
-
-        threading.Thread(target=watch, daemon=True).start()
-
-
-@contextmanager
-def _bar(show: bool, what: str, total: int) -> Iterator[Callable[[int], None]]:
-    from rich.console import Console
-    from rich.progress import Progress, TimeRemainingColumn
-
-    columns = (*Progress.get_default_columns()[:-1], TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not show) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda made: bar.advance(task, made)

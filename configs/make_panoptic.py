@@ -1,0 +1,166 @@
+"""Writes `configs/panoptic/*.yaml`: one file per published row of panoptic segmentation, and small ones for a CPU.
+
+As with `make_pathfinder.py`, the rows are kept here as data and every file runs alone. After a change run
+`python configs/make_panoptic.py`; a test compares the files with what this script would write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+FOLDER = Path(__file__).parent / "panoptic"
+
+PUBLISHED = {  # PQ on val2017, and trained parameters
+    "fpn_r50_1x": "39.39, 45 751 590 parameters", "rfpn_r50_bptt1_1x": "40.94, 44 968 038 parameters",
+    "rfpn_r50_bptt3_1x": "41.55, 44 968 038 parameters", "rfpn_r50_bptt5_1x": "41.54, 44 968 038 parameters",
+    "rfpn_r50_rbp20_1x": "41.22, 44 968 038 parameters", "rfpn_r50_crbp20_1x": "41.63, 44 968 038 parameters",
+    "fpn_r101_3x": "43.31, 64 691 494 parameters", "rfpn_r101_crbp20_3x": "43.62, 63 907 942 parameters",
+}  # fmt: skip
+METHODS = {
+    "bptt1": ("BPTT", 1), "bptt2": ("BPTT", 2), "bptt3": ("BPTT", 3), "bptt5": ("BPTT", 5),
+    "crbp5": ("C-RBP", 5), "crbp10": ("C-RBP", 10), "crbp20": ("C-RBP", 20), "rbp20": ("RBP", 20),
+}  # fmt: skip
+MINI = ("bptt1", "bptt3", "crbp10", "crbp20")
+TERMS = 15  # of the Neumann series
+SIDE = 192  # of the small images
+MINI_STEPS = 3_000
+
+
+def thing(name: str, **settings: Any) -> dict[str, Any]:
+    """One class of crbp and its settings."""
+    return {"class_path": f"crbp.{name}", **({"init_args": settings} if settings else {})}
+
+
+def recurrence(method: str) -> dict[str, Any]:
+    """What an R-FPN has beside a Panoptic FPN: how its mask head is run and differentiated."""
+    title, steps = METHODS[method]
+    gradient = thing("BPTT")
+    if title != "BPTT":
+        gradient = thing("RBP", solver=thing("Neumann", terms=TERMS), on_divergence="fallback")
+    settings: dict[str, Any] = {"evolve": {"steps": steps, "gradient": gradient}}
+    if title == "C-RBP":
+        settings["penalty"] = thing("tasks.LipschitzPenalty", weight=0.001, bound=0.95, reduction="sum_square")
+    return settings
+
+
+def network(method: str, **settings: Any) -> dict[str, Any]:
+    """Panoptic FPN, or R-FPN trained by a method."""
+    if method == "fpn":
+        return thing("models.PanopticFPN", **settings)
+    return thing("models.RFPN", **settings, **recurrence(method))
+
+
+def coco(method: str, depth: int, times: int) -> dict[str, Any]:
+    """A run on COCO: the published schedule, or several times as long."""
+    net = network(
+        method,
+        depth=depth,
+        pixels={"order": "rgb", "mean": [123.675, 116.28, 103.53], "std": [58.395, 57.12, 57.375]},
+        backbone={"stride_in_1x1": False},
+    )
+    return {
+        "seed_everything": 0,
+        "trainer": {
+            "max_steps": 90_000 * times,
+            "accumulate_grad_batches": 8,  # of two images on one device; on eight devices set 1
+            "gradient_clip_val": None,
+            "sync_batchnorm": True,
+            "inference_mode": True,
+            "check_val_every_n_epoch": times,
+        },
+        "model": thing("tasks.PanopticTask", net=net, weights="imagenet"),
+        "data": thing("tasks.PanopticData", source=thing("tasks.Coco", root="data/coco"), batch_size=2),
+    }
+
+
+def mini(method: str) -> dict[str, Any]:
+    """A run on generated shapes, from scratch, on two CPU cores."""
+    net = network(
+        method,
+        depth=18,
+        things=10,
+        stuff=6,
+        # As crbp.models.panoptic.mini_settings has them.
+        backbone={"norm": "group", "channels": 64, "canonical_size": SIDE // 2},
+        proposals={
+            "anchor_sizes": [round(SIDE / 12 * 2 ** (level / 1.25), 1) for level in range(5)],
+            "before_nms": 200,
+            "before_nms_test": 200,
+            "after_nms": 100,
+            "after_nms_test": 100,
+            "samples": 128,
+        },
+        boxes={"channels": 256, "samples": 64, "detections": 50},
+        masks={"channels": 64},
+        semantic={"channels": 64},
+        merge={"stuff_area": SIDE * SIDE // 150},
+    )
+    task = thing(
+        "tasks.PanopticTask",
+        net=net,
+        optimizer="adamw",
+        learning_rate=0.001,
+        reference_batch=4,
+        warmup_steps=100,
+        milestones=[0.7, 0.9],
+    )
+    source = thing("tasks.GeneratedShapes", size=SIDE, train=4 * MINI_STEPS, val=200)
+    data = {"batch_size": 4, "shortest": [SIDE], "shortest_test": SIDE, "longest": 2 * SIDE}
+    return {
+        "seed_everything": 0,
+        "trainer": {"max_epochs": 1, "val_check_interval": 500},
+        "model": task,
+        "data": thing("tasks.PanopticData", source=source, **data),
+    }
+
+
+def named(method: str) -> str:
+    """What a row is called in its file's first line."""
+    if method == "fpn":
+        return "Panoptic FPN"
+    title, steps = METHODS[method]
+    return f"R-FPN, {title}, {steps} step{'s' if steps > 1 else ''}"
+
+
+def rows() -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Name, title and content of every file."""
+    for method in ("fpn", *METHODS):
+        name = "fpn_r50_1x" if method == "fpn" else f"rfpn_r50_{method}_1x"
+        yield name, f"COCO, ResNet-50, {named(method)}, 1× schedule", coco(method, 50, 1)
+    for method in ("fpn", "crbp20"):
+        name = "fpn_r101_3x" if method == "fpn" else f"rfpn_r101_{method}_3x"
+        yield name, f"COCO, ResNet-101, {named(method)}, 3× schedule", coco(method, 101, 3)
+    for method in ("fpn", *MINI):
+        name = "mini_fpn" if method == "fpn" else f"mini_rfpn_{method}"
+        yield name, f"Generated shapes of {SIDE} pixels, ResNet-18, {named(method)}; on two CPU cores", mini(method)
+
+
+def text(name: str, title: str, content: dict[str, Any]) -> str:
+    """One file."""
+    lines = [f"# {title}."]
+    if name in PUBLISHED:
+        lines.append(f"# Published PQ (Linsley et al., NeurIPS 2020; not at equal images): {PUBLISHED[name]}.")
+    lines.append(f"# Run it with: crbp fit --config configs/panoptic/{name}.yaml")
+    if not name.startswith("mini"):
+        lines[-1] += " --data.source.root FOLDER_OF_COCO"
+    lines += ["# Written by configs/make_panoptic.py, where all rows stand side by side: change it there."]
+    return "\n".join(lines) + "\n" + yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+
+
+def main() -> None:
+    """Write all files anew."""
+    FOLDER.mkdir(exist_ok=True)
+    written = {f"{row[0]}.yaml": text(*row) for row in rows()}
+    for name, content in written.items():
+        (FOLDER / name).write_text(content, encoding="utf-8")
+    for path in FOLDER.glob("*.yaml"):
+        if path.name not in written:
+            path.unlink()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Files of a written data set: each whole or not there, listed by its checksum, claimed by a manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from crbp.data.errors import DataError
+
+
+class Written(NamedTuple):
+    """What a call of a writer did: images made, images found whole from before, and the manifest's path."""
+
+    made: int
+    kept: int
+    manifest: Path
+
+
+def write_atomic(path: Path, content: bytes) -> str:
+    """Write a file that is whole or not there; return the SHA-256 of its content.
+
+    The temporary name starts with a dot and ends in the process number, so that no reader takes it for an
+    image and no two writers share it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        part.write_bytes(content)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    return hashlib.sha256(content).hexdigest()
+
+
+def write_checksums(path: Path, sums: dict[str, str]) -> None:
+    """Write digests by file name as `sha256sum -c` reads them."""
+    write_atomic(path, "".join(f"{digest}  {name}\n" for name, digest in sums.items()).encode())
+
+
+def faults(out: Path, checksums: Path) -> list[str]:
+    """Return the files listed in `checksums` that are missing or changed, each with what is wrong."""
+    found = []
+    for line in checksums.read_text(encoding="utf-8").splitlines():
+        digest, _, name = line.partition("  ")
+        try:
+            content = (out / name).read_bytes()
+        except OSError as error:
+            found.append(f"{name} cannot be read ({error.strerror})")
+            continue
+        if hashlib.sha256(content).hexdigest() != digest:
+            found.append(f"{name} has changed since it was written")
+    return found
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def save_manifest(path: Path, content: dict[str, Any]) -> None:
+    """Write a manifest as JSON."""
+    write_atomic(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def load_manifest(path: Path, *, key: str) -> dict[str, Any]:
+    """Read a manifest.
+
+    Raises:
+        DataError: It is not JSON or lacks `key`, by which such a manifest is known.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(path, f"the manifest is not JSON ({error})", "delete it and write again") from error
+    if not isinstance(content, dict) or key not in content:
+        raise DataError(path, f"this is not a manifest with {key!r}", "choose another folder")
+    return content
+
+
+def check_claim(path: Path, found: dict[str, Any], task: dict[str, Any]) -> None:
+    """Raise `DataError` where the manifest `found` in the file `path` is of another data set than `task`."""
+    other = sorted(name for name, value in task.items() if found.get(name) != value)
+    if other:
+        raise DataError(path, f"the folder holds a data set of other {', '.join(other)}", "choose another folder")

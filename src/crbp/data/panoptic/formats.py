@@ -1,0 +1,111 @@
+"""The official formats: segment numbers as colours of a PNG, and masks as run lengths."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from crbp.data.errors import DataError
+
+_REMEDY = "fetch or generate it again"
+
+
+def ids_from_rgb(rgb: NDArray[np.uint8]) -> NDArray[np.int32]:
+    """The segment numbers ``(H, W)`` of the colours ``(H, W, 3)`` of a panoptic PNG; 0 is void.
+
+    ``id = R + 256 G + 256² B``
+
+    Raises:
+        ValueError: ``rgb`` is not an ``(H, W, 3)`` array of uint8.
+
+    Source: panopticapi, the official tool.
+    """
+    if rgb.ndim != 3 or rgb.shape[2] != 3 or rgb.dtype != np.uint8:
+        raise ValueError(f"colours must be (H, W, 3) of uint8, not {rgb.shape} of {rgb.dtype}")
+    red, green, blue = (rgb[..., k].astype(np.int32) for k in range(3))
+    ids: NDArray[np.int32] = red | green << 8 | blue << 16
+    return ids
+
+
+def rgb_from_ids(ids: NDArray[np.integer[Any]]) -> NDArray[np.uint8]:
+    """The colours ``(H, W, 3)`` of segment numbers ``(H, W)``; undoes `ids_from_rgb`.
+
+    Raises:
+        ValueError: a number is outside ``0 … 2²⁴ − 1``.
+    """
+    if ids.size and (int(ids.min()) < 0 or int(ids.max()) >= 1 << 24):
+        raise ValueError(f"segment numbers must lie in 0 … 2**24 - 1, not {int(ids.min())} … {int(ids.max())}")
+    return np.stack([(ids >> shift & 255).astype(np.uint8) for shift in (0, 8, 16)], axis=-1)
+
+
+def read_ids(path: str | Path) -> NDArray[np.int32]:
+    """The segment numbers ``(H, W)`` of a panoptic PNG.
+
+    Raises:
+        DataError: it is missing, does not decode, or is not a PNG of three colours of 8 bits; names it.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.format != "PNG" or image.mode != "RGB":
+                raise DataError(
+                    path,
+                    f"is a {image.format} of mode {image.mode}, not a PNG of 8-bit red, green and blue",
+                    "write segment numbers as colours, id = R + 256 G + 256**2 B",
+                )
+            return ids_from_rgb(np.asarray(image))
+    except DataError:
+        raise
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(path, f"the panoptic PNG cannot be read ({_why(error)})", _REMEDY) from error
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """An image as red, green and blue, turned as its EXIF orientation says.
+
+    Raises:
+        DataError: it is missing or does not decode; names it.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(path, f"the image cannot be read ({_why(error)})", _REMEDY) from error
+
+
+def image_size(path: str | Path) -> tuple[int, int]:
+    """Height and width of an image as `read_image` would turn it, from its first bytes.
+
+    Raises:
+        DataError: it is missing or no image; names it.
+    """
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            return (width, height) if image.getexif().get(0x0112, 1) in (5, 6, 7, 8) else (height, width)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(path, f"the image cannot be read ({_why(error)})", _REMEDY) from error
+
+
+def png(pixels: NDArray[np.uint8]) -> bytes:
+    """The bytes of a PNG of the pixels ``(H, W, 3)``."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG", compress_level=6)
+    return buffer.getvalue()
+
+
+def run_lengths(mask: NDArray[np.bool_]) -> dict[str, Any]:
+    """A mask ``(H, W)`` as COCO's run lengths: counts of 0, 1, 0, … down the columns."""
+    flat = mask.ravel(order="F")
+    changes = np.flatnonzero(np.diff(flat)) + 1
+    counts = np.diff([0, *([0] if flat.size and flat[0] else []), *changes.tolist(), flat.size])
+    return {"size": list(mask.shape), "counts": counts.tolist()}
+
+
+def _why(error: BaseException) -> str:
+    return getattr(error, "strerror", None) or str(error)

@@ -1,0 +1,113 @@
+"""Shapes: a synthetic panoptic set, made when asked for or written in COCO's format, in the same pixels."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from crbp._checks import choice, count
+from crbp.data._extras import require
+from crbp.data.panoptic.categories import Categories
+from crbp.data.panoptic.dataset import PanopticDataset, Scene
+from crbp.data.panoptic.transforms import Transform
+
+require("numba")
+
+from crbp.data.panoptic import _layout  # noqa: E402
+
+Split = Literal["train", "val"]
+SIZES = (128, 512)
+MOST = 64  # objects of an image; more find no place
+
+CATEGORIES = Categories(
+    {"id": id, "name": name, "isthing": int(id <= len(_layout.THINGS))}
+    for id, name in enumerate((*_layout.THINGS, *_layout.STUFF), start=1)
+)
+_NUMBERS = {category.name: category.id for category in CATEGORIES.entries}
+
+
+class Shapes(PanopticDataset):
+    """Textured shapes that overlap, on regions of texture: ``(image, target)`` as `CocoPanoptic` gives them.
+
+    Ten classes of things are told by their shape: disc, square, triangle, star, cross, crescent, ring, bar, snake and
+    spiral. Six of stuff are told by their texture: plain, stripes, checks, dots, blotches and waves. Things have those
+    textures too, drawn independent of class, and some the colours of the ground, so that local looks tell neither
+    class nor border. Things overlap neighbours that look the same; long ones pass under others that cut them in two;
+    thin lines that are no thing lie over all. At least 40 % of every thing is visible. One image in ten has a crowd.
+
+    Image i is a function of ``(size, objects, seed, split, i)`` alone, and what `write_shapes` writes.
+
+    Args:
+        size: height and width in pixels, 128 to 512; the picture is the same in kind, with more pixels.
+        split: ``"train"`` or ``"val"``, which share no image.
+        images: number of images.
+        objects: least and most things of an image; one that finds no place where enough of all can be seen is left out.
+        seed: another seed gives other images.
+        transform: chooses size and flip of each image; None keeps every image as it is.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        size: int = 192,
+        *,
+        split: Split = "train",
+        images: int = 10_000,
+        objects: tuple[int, int] = (6, 14),
+        seed: int = 0,
+        transform: Transform | None = None,
+    ) -> None:
+        check_task(size, objects, seed)
+        choice("split", split, get_args(Split))
+        count("images", images)
+        super().__init__(CATEGORIES, transform)
+        self.size, self.split, self.objects, self.seed = size, split, (objects[0], objects[1]), seed
+        self._images = images
+
+    def __len__(self) -> int:
+        return self._images
+
+    @property
+    def sizes(self) -> NDArray[np.int32]:
+        """Height and width of every image before it is resized, ``(n, 2)``."""
+        return np.full((self._images, 2), self.size, np.int32)
+
+    def scene(self, index: int) -> Scene:
+        """The image at a place with its segments; its number is the place + 1."""
+        drawn = _layout.draw(self.size, self.objects, seed=self.seed, split=self.split, index=index)
+        numbers = np.array([_NUMBERS[name] for name in drawn.names], np.int32)
+        crowd = np.array(drawn.crowd, np.bool_)
+        return Scene(index + 1, Image.fromarray(drawn.image), drawn.places, segment_ids(numbers), numbers, crowd)
+
+    def __repr__(self) -> str:
+        return f"Shapes({self.size} px, split={self.split!r}, images={len(self)}, seed={self.seed})"
+
+
+def check_task(size: int, objects: tuple[int, int], seed: int) -> None:
+    """Raise ValueError unless images of this size, number of objects and seed can be made."""
+    if isinstance(size, bool) or not isinstance(size, int) or not SIZES[0] <= size <= SIZES[1]:
+        raise ValueError(f"size must be a whole number of {SIZES[0]} to {SIZES[1]} pixels, not {size!r}")
+    if len(objects) != 2 or not 1 <= objects[0] <= objects[1] <= MOST:
+        raise ValueError(f"objects must be the least and the most things of an image, 1 to {MOST}, not {objects!r}")
+    count("seed", seed, at_least=0)
+
+
+def segment_ids(category_ids: NDArray[np.int32]) -> NDArray[np.int32]:
+    """A number for each segment of an image, ``(n,)``: its colour in the PNG, near that of its category, none twice."""
+    found: list[int] = []
+    for k, category in enumerate(category_ids.tolist()):
+        red, green, blue = CATEGORIES.colour(category)
+        step = k if CATEGORIES.isthing(category) else 0
+        while True:
+            shade = [value - 24 + 29 * step % 48 for value in (red, green)] + [blue - 24 + 13 * step % 48]
+            number = sum(min(255, max(1, value)) << 8 * place for place, value in enumerate(shade))
+            if number not in found:
+                break
+            step += 1
+        found.append(number)
+    return np.array(found, np.int32)

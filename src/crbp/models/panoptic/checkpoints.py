@@ -1,0 +1,156 @@
+"""Weights made elsewhere: of detectron2, of the released R-FPN, and of ResNets trained on ImageNet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import torch
+from torch import Tensor
+from torchvision.models import get_model_weights
+
+from crbp.models.panoptic._names import caffe2_name, detectron2_name
+from crbp.models.panoptic._unpickle import CheckpointError, read_checkpoint, tensors
+from crbp.models.panoptic.panoptic_fpn import PanopticFPN
+from crbp.models.panoptic.settings import PixelSettings
+
+__all__ = ["CheckpointError", "load_weights"]
+
+IMAGENET = "imagenet"
+_BODY = "backbone.body."
+_THEIR_BODY = "backbone.bottom_up."
+_STATISTICS = ("running_mean", "running_var")
+_COUNTER = "num_batches_tracked"
+
+
+def load_weights(model: PanopticFPN, source: str | Path | Mapping[str, Any]) -> None:
+    """Load weights that were not made by crbp.
+
+    Of a whole model: a `.pkl` or `.pth` checkpoint of detectron2's Panoptic FPN, or of the released R-FPN. Of its
+    ResNet only: MSRA's ImageNet weights as detectron2 has them (`R-50.pkl`, with names such as ``res2_0_branch2a_w``),
+    or torchvision's. Nothing in a file is run: only tensors, arrays and containers are read.
+
+    Every tensor is accounted for. What detectron2 stores beside the weights, anchors and the scaling of pixels, is
+    compared with the model's; the classifier of ImageNet is left out.
+
+    Args:
+        model: to be changed, on any device.
+        source: a file, the table of tensors itself, or ``"imagenet"`` for torchvision's weights, which are downloaded
+            unless torch's cache has them.
+
+    Raises:
+        CheckpointError: if the source cannot be read; if names are unknown, missing, or of other shapes, all of which
+            are listed; or if the weights were trained with another place of the stride or other pixels than the
+            model's. The model is then left as it was.
+    """
+    if isinstance(source, Mapping):
+        table = tensors(source)
+    elif str(source) == IMAGENET:
+        table = _download(model.depth)
+    else:
+        table = tensors(read_checkpoint(Path(source)))
+    ours = dict(model.state_dict())
+    if any(name.startswith(("roi_heads.", "proposal_generator.", "sem_seg_head.")) for name in table):
+        new = _whole(model, ours, table)
+    else:
+        new = _resnet(model, {name: value for name, value in ours.items() if name.startswith(_BODY)}, table)
+    model.load_state_dict(ours | new)
+
+
+def _whole(model: PanopticFPN, ours: Mapping[str, Tensor], table: dict[str, Tensor]) -> dict[str, Tensor]:
+    table = dict(table)
+    _compare(table, "pixel_mean", model.pixel_mean)
+    _compare(table, "pixel_std", model.pixel_std)
+    for level, anchors in enumerate(model.rpn.anchor_generator.cell_anchors):
+        _compare(table, f"proposal_generator.anchor_generator.cell_anchors.{level}", anchors)
+    return _matched(ours, {name: detectron2_name(name) for name in ours}, table)
+
+
+def _resnet(model: PanopticFPN, ours: Mapping[str, Tensor], table: dict[str, Tensor]) -> dict[str, Tensor]:
+    if "conv1_w" in table:
+        _trained_with(model, "MSRA's weights", stride_in_1x1=True, pixels=PixelSettings())
+        table = {caffe2_name(name): value for name, value in table.items() if not name.endswith("_momentum")}
+        names = {name: detectron2_name(name).removeprefix(_THEIR_BODY) for name in ours}
+    elif "layer1.0.conv1.weight" in table:
+        _trained_with(model, "torchvision's weights", stride_in_1x1=False, pixels=PixelSettings.torchvision())
+        names = {name: name.removeprefix(_BODY) for name in ours}
+    else:
+        table = {name.removeprefix(_THEIR_BODY): value for name, value in table.items()}
+        names = {name: detectron2_name(name).removeprefix(_THEIR_BODY) for name in ours}
+    classifier = ("fc.", "fc1000.", "linear.", "pred.", "stem.fc.")
+    return _matched(ours, names, {name: value for name, value in table.items() if not name.startswith(classifier)})
+
+
+def _matched(ours: Mapping[str, Tensor], names: Mapping[str, str], table: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our tensors by our names, from theirs by their names."""
+    new, missing, misshapen = {}, [], []
+    # Frozen statistics may have been merged into scale and shift; counters of batches say nothing of the function.
+    merged = not any(name.endswith(_STATISTICS) and name.startswith(("stem.", _THEIR_BODY, "bn1.")) for name in table)
+    for name, old in ours.items():
+        theirs = names[name]
+        if theirs not in table:
+            if name.endswith(_COUNTER):
+                continue
+            if merged and name.startswith(_BODY) and name.endswith(_STATISTICS):
+                new[name] = torch.full_like(old, float(name.endswith("running_var")))
+            else:
+                missing.append(theirs)
+            continue
+        value = table[theirs]
+        if value.shape == old.shape or tuple(value.shape) == (*old.shape, 1, 1):
+            new[name] = value.reshape(old.shape).to(old)
+        else:
+            misshapen.append(f"{theirs} {tuple(value.shape)} for {tuple(old.shape)}")
+    unknown = [name for name in table if name not in set(names.values()) and not name.endswith(_COUNTER)]
+    problems = [
+        f"{what}: {', '.join(sorted(which))}"
+        for what, which in (("missing", missing), ("unknown", unknown), ("of another shape", misshapen))
+        if which
+    ]
+    if problems:
+        raise CheckpointError(
+            f"the weights do not fit the model ({'; '.join(problems)}); check its kind, depth and numbers of classes"
+        )
+    return new
+
+
+def _compare(table: dict[str, Tensor], name: str, ours: Tensor) -> None:
+    """Take a constant out of the table, and raise unless it is the model's."""
+    theirs = table.pop(name, None)
+    if theirs is None:
+        return
+    ours = ours.detach().cpu()
+    same = theirs.numel() == ours.numel()
+    if not (same and torch.allclose(theirs.reshape(ours.shape).to(ours), ours, rtol=1e-4, atol=1e-2)):
+        raise CheckpointError(
+            f"the weights were trained with {name} {_short(theirs)}, and the model has {_short(ours)}; give it the "
+            "same settings"
+        )
+
+
+def _short(values: Tensor) -> list[float]:
+    return [round(value, 3) for value in values.flatten().tolist()]
+
+
+def _trained_with(model: PanopticFPN, whose: str, *, stride_in_1x1: bool, pixels: PixelSettings) -> None:
+    """Raise unless the model shows its ResNet what the weights were trained on, and strides where they do."""
+    wanted = []
+    if model.depth > 18 and model.stride_in_1x1 != stride_in_1x1:  # the blocks of ResNet-18 have no 1×1 to stride in
+        wanted.append(f"backbone=BackboneSettings(stride_in_1x1={stride_in_1x1})")
+    if model.pixels != pixels:
+        wanted.append(f"pixels={pixels}")
+    if wanted:
+        raise CheckpointError(f"{whose} need a model made with {' and '.join(wanted)}")
+
+
+def _download(depth: int) -> dict[str, Tensor]:
+    weights = get_model_weights(f"resnet{depth}")["IMAGENET1K_V1"]
+    try:
+        found: dict[str, Tensor] = dict(weights.get_state_dict(progress=False, check_hash=True))
+    except (URLError, OSError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{weights.url} cannot be downloaded ({error}); fetch it where there is a network and give the file"
+        ) from error
+    return found

@@ -1,0 +1,288 @@
+"""Panoptic segmentation as a training task: losses, metrics, what is logged, optimiser and schedule."""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+
+import crbp
+from crbp._checks import choice, count, non_negative, share
+from crbp.data.panoptic import Categories
+from crbp.metrics import DetectionAP, PanopticQuality, PanopticWriter
+from crbp.models import RFPN, PanopticFPN
+from crbp.models.panoptic import PanopticResult, load_weights
+from crbp.tasks._backward import log_backward
+from crbp.tasks.panoptic_data import PanopticBatch, Truth
+
+Optimizer = Literal["sgd", "adamw"]
+Stage = Literal["val", "test"]
+
+_QUALITIES = tuple(f"{name}{kind}" for kind in ("", "_things", "_stuff") for name in ("pq", "sq", "rq"))
+_NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
+
+
+class PanopticTask(pl.LightningModule):
+    """Train Panoptic FPN or R-FPN; measure panoptic quality and average precision.
+
+    The sum of the network's losses is minimised by stochastic gradient descent or AdamW. The rate is
+    ``learning_rate · n / reference_batch`` with ``n`` the images of an optimiser step, over all processes and
+    accumulated batches; it rises linearly from a thousandth of that over ``warmup_steps`` and falls to a tenth at each
+    of the ``milestones``. Norms have no weight decay. The defaults are the published 1× schedule, with
+    ``max_steps=90000``.
+
+    Logged in training, under ``train/``: ``loss`` and each of its parts; of R-FPN also ``residual`` and what
+    `ContourTask` logs of the backward solve. In validation and test: ``pq``, ``sq``, ``rq``, the same of things and of
+    stuff, and, unless ``average_precision`` is off, ``box_ap`` and ``mask_ap``.
+
+    Args:
+        net: the network, for as many classes of things and stuff as the data have.
+        optimizer: ``"sgd"`` or ``"adamw"``.
+        learning_rate: for a batch of ``reference_batch`` images.
+        reference_batch: see there.
+        momentum: of stochastic gradient descent, or ``β₁`` of AdamW, in [0, 1).
+        weight_decay: of all but norms.
+        warmup_steps: optimiser steps over which the rate rises.
+        milestones: shares of all optimiser steps, rising, at which the rate falls.
+        average_precision: measure it in validation and test; it takes about as long as panoptic quality.
+        steps: of the mask head's recurrence in validation, test and prediction; None for those it is trained with.
+        weights: to start training from, as `crbp.models.panoptic.load_weights` takes them: a file, or ``"imagenet"``;
+            None to train from scratch.
+        results: write what a test finds as COCO's server takes it: this JSON, and PNGs in the folder of the same name.
+            None for nothing. With several processes each writes its own, its rank in the name.
+
+    Raises:
+        ValueError: for values out of range, or ones that do not go together.
+
+    Source: Kirillov et al., Panoptic feature pyramid networks, CVPR 2019; Linsley et al., NeurIPS 2020.
+    """
+
+    monitor = "val/pq"  # what the best checkpoint is chosen by
+
+    def __init__(
+        self,
+        net: PanopticFPN,
+        *,
+        optimizer: Optimizer = "sgd",
+        learning_rate: float = 0.02,
+        reference_batch: int = 16,
+        momentum: float = 0.9,
+        weight_decay: float = 1e-4,
+        warmup_steps: int = 1000,
+        milestones: tuple[float, ...] = (2 / 3, 8 / 9),
+        average_precision: bool = True,
+        steps: int | None = None,
+        weights: str | None = None,
+        results: str | None = None,
+    ) -> None:
+        super().__init__()
+        choice("optimizer", optimizer, get_args(Optimizer))
+        count("reference_batch", reference_batch)
+        share("momentum", momentum)
+        non_negative("weight_decay", weight_decay)
+        count("warmup_steps", warmup_steps, at_least=0)
+        if not (math.isfinite(learning_rate) and learning_rate > 0):
+            raise ValueError(f"learning_rate must be finite and above 0, not {learning_rate!r}")
+        for each in milestones:
+            share("milestones", each)
+        if list(milestones) != sorted(milestones):
+            raise ValueError(f"milestones must rise, not be {milestones}")
+        if steps is not None:
+            count("steps", steps)
+            if not isinstance(net, RFPN):
+                raise ValueError(f"steps={steps} needs a recurrent mask head; {type(net).__name__} has none")
+        self.save_hyperparameters(ignore=["net"])
+        self.net = net
+        self.optimizer, self.learning_rate, self.reference_batch = optimizer, learning_rate, reference_batch
+        self.momentum, self.weight_decay = momentum, weight_decay
+        self.warmup_steps, self.milestones = warmup_steps, tuple(milestones)
+        self.average_precision, self.steps = average_precision, steps
+        self.weights, self.results = weights, results
+        self._files = ExitStack()
+        self._writer: PanopticWriter | None = None
+        self.categories: Categories | None = None
+        self.quality: PanopticQuality | None = None
+        self.precision: DetectionAP | None = None
+
+    def setup(self, stage: str) -> None:
+        """Take the categories from the data, and the weights to start from.
+
+        Raises:
+            ValueError: if the network has other numbers of classes.
+            CheckpointError: if the weights cannot be had or do not fit.
+        """
+        categories: Categories = self.trainer.datamodule.categories  # type: ignore[attr-defined]
+        wanted, has = (len(categories.things), len(categories.stuff)), (self.net.things, self.net.stuff)
+        if wanted != has:
+            raise ValueError(
+                f"the data have {wanted[0]} classes of things and {wanted[1]} of stuff, the network {has[0]} and "
+                f"{has[1]}; set things={wanted[0]} and stuff={wanted[1]}"
+            )
+        self.categories = categories
+        if stage == "fit" and self.weights is not None:
+            load_weights(self.net, self.weights)  # a checkpoint that is resumed is read after this
+        if stage != "predict":
+            self.quality = PanopticQuality(categories.as_json())
+            self.precision = DetectionAP() if self.average_precision else None
+
+    def training_step(self, batch: PanopticBatch, batch_idx: int) -> Tensor:
+        """The sum of the losses of a batch."""
+        losses: dict[str, Tensor] = self.net(batch.images, batch.targets)
+        loss = torch.stack(list(losses.values())).sum()
+        size = len(batch.images)
+        self.log("train/loss", loss, prog_bar=True, batch_size=size)
+        self.log_dict({f"train/{name}": value for name, value in losses.items()}, batch_size=size)
+        if (report := self._report()) is not None:
+            self.log("train/residual", report.residual, batch_size=size)
+        return loss
+
+    def on_after_backward(self) -> None:
+        """Log how the backward equation was solved, which is known only now."""
+        log_backward(self, self._report(), batch_size=1)
+
+    def validation_step(self, batch: PanopticBatch, batch_idx: int) -> None:
+        """Count the segments of a batch."""
+        self._evaluate(batch)
+
+    def on_test_start(self) -> None:
+        """Open the files of the results, where they are asked for."""
+        if self.results is not None:
+            path, rank = Path(self.results), self.trainer.global_rank
+            name = path.stem if self.trainer.world_size == 1 else f"{path.stem}_{rank}"
+            self._writer = self._files.enter_context(PanopticWriter(path.with_name(f"{name}.json")))
+
+    def on_test_end(self) -> None:
+        """Close them: only now is the JSON written."""
+        self._files.close()
+        self._writer = None
+
+    def test_step(self, batch: PanopticBatch, batch_idx: int) -> None:
+        """Like `validation_step`, under ``test/``."""
+        self._evaluate(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics over all images."""
+        self._log_epoch("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the metrics over all images."""
+        self._log_epoch("test")
+
+    def predict_step(self, batch: PanopticBatch, batch_idx: int) -> list[PanopticResult]:
+        """What is seen in each image."""
+        return self._results(batch)
+
+    def prediction_writer(self, folder: str) -> pl.Callback:
+        """What ``crbp predict`` writes the results with."""
+        from crbp.tasks.panoptic_predictions import PanopticPredictionWriter
+
+        return PanopticPredictionWriter(folder)
+
+    def segments(self, result: PanopticResult) -> list[dict[str, Any]]:
+        """The segments of a result as COCO's ``segments_info``, with the ids of the data set's categories."""
+        assert self.categories is not None  # taken in setup
+        return segments_info(result, self.categories)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimiser, and a factor on its rate for every step."""
+        total = self.trainer.estimated_stepping_batches
+        if not (math.isfinite(total) and total > 0):
+            raise ValueError("the schedule needs to know the number of steps; set trainer.max_steps or max_epochs")
+        rate = self.learning_rate * self._images_per_step() / self.reference_batch
+        groups = _parameter_groups(self.net, self.weight_decay)
+        made: torch.optim.Optimizer
+        if self.optimizer == "sgd":
+            made = torch.optim.SGD(groups, lr=rate, momentum=self.momentum)
+        else:
+            made = torch.optim.AdamW(groups, lr=rate, betas=(self.momentum, 0.999))
+
+        def factor(step: int) -> float:
+            done = step / self.warmup_steps if self.warmup_steps else 1.0
+            rise = 1.0 if done >= 1 else 0.001 + 0.999 * done
+            return rise * 0.1 ** bisect.bisect_right(self.milestones, step / total)
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(made, factor)
+        return {"optimizer": made, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _images_per_step(self) -> int:
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        return int(data.batch_size) * self.trainer.world_size * self.trainer.accumulate_grad_batches
+
+    def _report(self) -> crbp.Report | None:
+        return self.net.report if isinstance(self.net, RFPN) else None
+
+    def _results(self, batch: PanopticBatch) -> list[PanopticResult]:
+        sizes = [target["size"] for target in batch.targets]
+        if self.steps is None or not isinstance(self.net, RFPN):
+            return self.net(batch.images, sizes=sizes)  # type: ignore[no-any-return]
+        kept, self.net.steps = self.net.steps, self.steps
+        try:
+            return self.net(batch.images, sizes=sizes)  # type: ignore[no-any-return]
+        finally:
+            self.net.steps = kept
+
+    def _evaluate(self, batch: PanopticBatch) -> None:
+        assert self.quality is not None  # made in setup
+        assert self.categories is not None
+        assert batch.truths is not None
+        for result, target, truth in zip(self._results(batch), batch.targets, batch.truths, strict=True):
+            segments = self.segments(result)
+            self.quality.update(result.panoptic, segments, *truth)
+            if self._writer is not None:
+                self._writer.write(target["image_id"], result.panoptic, segments)
+            if self.precision is not None:
+                found = {name: getattr(result, name) for name in ("boxes", "scores", "labels", "masks")}
+                self.precision.update([found], [instances(truth, self.categories)])
+
+    def _log_epoch(self, stage: Stage) -> None:
+        assert self.quality is not None
+        found = self.quality.compute()
+        values = {name: float(found[name]) for name in _QUALITIES}
+        self.quality.reset()
+        if self.precision is not None:
+            values |= {name: v for name, v in self.precision.compute().items() if name in ("box_ap", "mask_ap")}
+            self.precision.reset()
+        for name, value in values.items():
+            # All processes hold the same value already; synchronised once more only because Lightning asks for it.
+            self.log(f"{stage}/{name}", value, prog_bar=name == "pq", sync_dist=True)
+
+
+def segments_info(result: PanopticResult, categories: Categories) -> list[dict[str, Any]]:
+    """The segments of a result as COCO's ``segments_info``, with the ids of the categories and scores of things."""
+    found = []
+    for segment in result.segments:
+        label, thing = segment["label"], segment["isthing"]
+        entry = {"id": segment["id"], "category_id": categories.things[label] if thing else categories.stuff[label - 1]}
+        found.append(entry | ({"score": float(segment["score"])} if thing else {}))
+    return found
+
+
+def instances(truth: Truth, categories: Categories) -> dict[str, Tensor]:
+    """The things of a map of segments as `crbp.metrics.DetectionAP` takes them, crowds included."""
+    ids, segments = truth
+    things = [each for each in segments if categories.isthing(each["category_id"])]
+    numbers = ids.new_tensor([each["id"] for each in things])
+    corners = torch.tensor([each["bbox"] for each in things], dtype=torch.float32, device=ids.device).view(-1, 4)
+    return {
+        "boxes": torch.cat([corners[:, :2], corners[:, :2] + corners[:, 2:]], dim=1),
+        "labels": ids.new_tensor([categories.thing_label(each["category_id"]) for each in things]).long(),
+        "masks": ids[None] == numbers[:, None, None],
+        "iscrowd": ids.new_tensor([each["iscrowd"] for each in things]),
+    }
+
+
+def _parameter_groups(net: nn.Module, weight_decay: float) -> Sequence[dict[str, Any]]:
+    norms = {id(p) for module in net.modules() if isinstance(module, _NORMS) for p in module.parameters(recurse=False)}
+    trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in trained if id(p) not in norms], "weight_decay": weight_decay},
+        {"params": [p for p in trained if id(p) in norms], "weight_decay": 0.0},
+    ]

@@ -1,0 +1,73 @@
+"""Panoptic predictions as pictures and in COCO's form: what `crbp predict` leaves behind."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import numpy as np
+from lightning.pytorch.callbacks import BasePredictionWriter
+from PIL import Image
+
+from crbp.analysis.overlay import overlay
+from crbp.data.panoptic import Categories, png, rgb_from_ids
+from crbp.models.panoptic import PanopticResult
+
+if TYPE_CHECKING:
+    from crbp.tasks.panoptic_data import PanopticBatch
+
+
+class PanopticPredictionWriter(BasePredictionWriter):
+    """Write what `PanopticTask.predict_step` returns, three files an image, named after it or its number.
+
+    ``NAME.png`` shows the segments over the image with contours, class names and a legend; ``NAME_panoptic.png`` is the
+    map in COCO's colours, ``id = R + 256 G + 256² B``; ``NAME.json`` lists its segments: id, category, name, score of
+    things, area in pixels.
+
+    Args:
+        folder: where to write; made if it does not exist.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        super().__init__(write_interval="batch")
+        self.folder = Path(folder)
+
+    def write_on_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        prediction: list[PanopticResult],
+        batch_indices: Sequence[Any] | None,
+        batch: PanopticBatch,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        """Write one batch."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        categories: Categories = pl_module.categories  # type: ignore[assignment]
+        numbers = [f"{target['image_id']:012d}" for target in batch.targets]
+        names = numbers if batch.names is None else [Path(name).stem for name in batch.names]
+        for name, result, image in zip(names, prediction, batch.images, strict=True):
+            height, width = result.panoptic.shape
+            shown = Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).resize(
+                (width, height), Image.Resampling.BILINEAR
+            )
+            self._write(name, result, shown, pl_module.segments(result), categories)  # type: ignore[operator]
+
+    def _write(
+        self, name: str, result: PanopticResult, image: Image.Image, segments: list[dict[str, Any]], of: Categories
+    ) -> None:
+        ids = result.panoptic.cpu().numpy()
+        names = {category: of.name(category) for category in (*of.things, *of.stuff)}
+        colours = {category: of.colour(category) for category in names}
+        overlay(np.asarray(image), ids, segments, names, colours).save(self.folder / f"{name}.png")
+        (self.folder / f"{name}_panoptic.png").write_bytes(png(rgb_from_ids(ids)))
+        listed = [
+            {**segment, "name": names[segment["category_id"]], "area": int(found["area"])}
+            for segment, found in zip(segments, result.segments, strict=True)
+        ]
+        content = {"height": ids.shape[0], "width": ids.shape[1], "segments_info": listed}
+        (self.folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,298 @@
+"""Weights made elsewhere: names, what is refused, what is read from files."""
+
+import os
+import pickle
+from collections import OrderedDict
+from pathlib import Path
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+from tiny_panoptic import tiny_settings
+from torch import Tensor
+from torchvision.models import ResNet, resnet18
+
+from crbp.models import RFPN, PanopticFPN
+from crbp.models.panoptic import BackboneSettings, CheckpointError, PixelSettings, load_weights
+from crbp.models.panoptic._names import caffe2_name, detectron2_name
+from crbp.models.panoptic._unpickle import read_checkpoint, tensors
+
+FROZEN = BackboneSettings(channels=32)
+
+
+def _model(kind: type[PanopticFPN] = PanopticFPN, **changes) -> PanopticFPN:
+    return kind(**tiny_settings(**{"backbone": FROZEN, **changes}))
+
+
+def _empty(**changes) -> PanopticFPN:
+    """A model whose weights take no time to make, for what is refused."""
+    with torch.device("meta"):
+        return _model(**changes)
+
+
+def _theirs(model: PanopticFPN) -> dict[str, Tensor]:
+    """The model's weights as detectron2 names them, none of which is a start value."""
+    return {detectron2_name(name): torch.rand_like(value.float()) for name, value in model.state_dict().items()}
+
+
+def _assert_loaded(model: PanopticFPN, table: dict[str, Tensor]) -> None:
+    for name, value in model.state_dict().items():
+        if not name.endswith("num_batches_tracked"):
+            assert torch.equal(value, table[detectron2_name(name)].view_as(value)), name
+
+
+@pytest.mark.parametrize("kind", [PanopticFPN, RFPN])
+def test_every_tensor_of_a_whole_model(kind):
+    model = _model(kind)
+    table = _theirs(model)
+    if kind is RFPN:
+        name = "roi_heads.mask_head.recurrent.u0_spatial_bias"
+        table[name] = table[name].view(-1, 1, 1)  # as the released model has it
+    load_weights(model, table)
+    _assert_loaded(model, table)
+
+
+def test_names_of_detectron2():
+    for ours, theirs in {
+        "backbone.body.conv1.weight": "backbone.bottom_up.stem.conv1.weight",
+        "backbone.body.bn1.running_var": "backbone.bottom_up.stem.conv1.norm.running_var",
+        "backbone.body.layer3.2.bn3.bias": "backbone.bottom_up.res4.2.conv3.norm.bias",
+        "backbone.body.layer1.0.downsample.0.weight": "backbone.bottom_up.res2.0.shortcut.weight",
+        "backbone.body.layer1.0.downsample.1.weight": "backbone.bottom_up.res2.0.shortcut.norm.weight",
+        "backbone.fpn.inner_blocks.0.0.bias": "backbone.fpn_lateral2.bias",
+        "backbone.fpn.layer_blocks.3.0.weight": "backbone.fpn_output5.weight",
+        "rpn.head.conv.0.0.weight": "proposal_generator.rpn_head.conv.weight",
+        "roi_heads.mask_head.3.0.weight": "roi_heads.mask_head.mask_fcn4.weight",
+        "roi_heads.mask_head.cell.excitation_norm.bias": "roi_heads.mask_head.recurrent.bn.1.bias",
+        "semantic_head.levels.p5.4.1.weight": "sem_seg_head.p5.4.norm.weight",
+    }.items():
+        assert detectron2_name(ours) == theirs
+
+
+def _broken(table: dict[str, Tensor]) -> dict[str, Tensor]:
+    del table["backbone.fpn_lateral3.bias"], table["sem_seg_head.p2.0.weight"]
+    table["roi_heads.mystery"] = torch.zeros(1)
+    table["roi_heads.box_predictor.cls_score.bias"] = torch.zeros(81)
+    return table
+
+
+def test_all_that_does_not_fit_is_listed_and_nothing_changed():
+    model = _model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(CheckpointError) as told:
+        load_weights(model, _broken(_theirs(model)))
+    for part in (
+        "missing: backbone.fpn_lateral3.bias, sem_seg_head.p2.0.weight",
+        "unknown: roi_heads.mystery",
+        "of another shape: roi_heads.box_predictor.cls_score.bias (81,) for (4,)",
+    ):
+        assert part in str(told.value)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_panoptic_fpn_is_no_rfpn():
+    with pytest.raises(CheckpointError, match=r"missing: .*recurrent.*unknown: .*mask_fcn1"):
+        load_weights(_model(RFPN), _theirs(_model()))
+
+
+def test_constants_beside_the_weights_are_compared():
+    model = _model()
+    table = _theirs(model)
+    constants = {
+        "pixel_mean": torch.tensor([103.53, 116.28, 123.675]).view(3, 1, 1),
+        "pixel_std": torch.ones(3, 1, 1),
+        "proposal_generator.anchor_generator.cell_anchors.0": model.rpn.anchor_generator.cell_anchors[0],
+    }
+    load_weights(model, table | constants)
+    for name, value in constants.items():
+        with pytest.raises(CheckpointError, match=f"trained with {name}"):
+            load_weights(model, table | constants | {name: value + 1})
+
+
+# Files
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_a_pkl_of_arrays(tmp_path, protocol):
+    table = {"whole": torch.arange(6).view(2, 3), "half": torch.rand(4).half(), "number": torch.tensor(0.5)}
+    arrays = {name: value.numpy() for name, value in table.items()}
+    path = tmp_path / "model.pkl"
+    path.write_bytes(pickle.dumps({"model": arrays, "__author__": "them", "lr": np.float64(1)}, protocol))
+    read = tensors(read_checkpoint(path))
+    assert read.keys() == table.keys()
+    for name, value in table.items():
+        assert torch.equal(read[name], value)
+        assert read[name].dtype == value.dtype
+
+
+def test_a_pth_of_tensors(tmp_path):
+    model = _model()
+    table = _theirs(model)
+    beside = {"optimizer": {"state": {0: torch.ones(2)}}, "iteration": 7, "scheduler": {"best": np.float64(0.5)}}
+    prefixed = OrderedDict((f"module.{name}", value) for name, value in table.items())
+    torch.save({"model": prefixed, **beside}, tmp_path / "model.pth")
+    load_weights(model, tmp_path / "model.pth")
+    _assert_loaded(model, table)
+
+
+class Malice:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["CRBP_TEST_TRAP"],)
+
+
+@pytest.mark.parametrize("suffix", [".pkl", ".pth"])
+def test_nothing_in_a_file_is_run(tmp_path, monkeypatch, suffix):
+    trap = tmp_path / "sprung"
+    monkeypatch.setenv("CRBP_TEST_TRAP", str(trap))
+    path = tmp_path / f"model{suffix}"
+    if suffix == ".pkl":
+        path.write_bytes(pickle.dumps({"model": {"weight": Malice()}}))
+    else:
+        torch.save({"model": {"weight": Malice()}}, path)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_weights(_empty(), path)
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [("builtins", "eval"), ("os", "system"), ("numpy", "load"), ("torch", "load"), ("codecs", "encode")],
+)
+def test_only_arrays_and_containers_are_looked_up(tmp_path, module, name):
+    path = tmp_path / "model.pkl"
+    path.write_bytes(f"c{module}\n{name}\n.".encode())
+    with pytest.raises(CheckpointError, match=f"asks for {module}.{name}"):
+        load_weights(_empty(), path)
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (None, "does not exist"),
+        (b"", "cannot be read"),
+        (b"nonsense", "cannot be read"),
+        (pickle.dumps([1, 2]), "holds a list"),
+        (pickle.dumps({"model": {"a": [1]}}), r"no array of numbers: a \(list\)"),
+        (pickle.dumps({"a": np.array(["x"])}), r"no array of numbers: a \(ndarray\)"),
+    ],
+)
+def test_files_that_are_none(tmp_path, content, named):
+    path = tmp_path / "model.pkl"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=named):
+        load_weights(_empty(), path)
+
+
+# ResNets of ImageNet
+
+
+def test_names_of_msra():
+    for theirs, ours in {
+        "conv1_w": "stem.conv1.weight",
+        "res_conv1_bn_s": "stem.conv1.norm.weight",
+        "res_conv1_bn_b": "stem.conv1.norm.bias",
+        "res2_0_branch1_w": "res2.0.shortcut.weight",
+        "res2_0_branch1_bn_s": "res2.0.shortcut.norm.weight",
+        "res4_5_branch2b_bn_b": "res4.5.conv2.norm.bias",
+        "res5_2_branch2c_w": "res5.2.conv3.weight",
+        "fc1000_w": "fc1000.weight",
+    }.items():
+        assert caffe2_name(theirs) == ours
+
+
+def _msra(model: PanopticFPN) -> dict[str, np.ndarray]:
+    """The ResNet's weights as MSRA names them, with the statistics merged into scale and shift."""
+    table = {"fc1000_w": np.zeros((2, 2)), "fc1000_b": np.zeros(2), "conv1_w_momentum": np.zeros(1)}
+    for name, value in model.backbone.body.state_dict().items():
+        if "running" in name:
+            continue
+        theirs = detectron2_name(f"backbone.body.{name}").removeprefix("backbone.bottom_up.")
+        theirs = theirs.replace("norm.weight", "bn.s").replace("norm.bias", "bn.b").replace("weight", "w")
+        if theirs.startswith("stem."):
+            theirs = theirs.replace("stem.conv1.bn", "res.conv1.bn").removeprefix("stem.")
+        else:
+            for number, letter in enumerate("abc", 1):
+                theirs = theirs.replace(f".conv{number}.", f".branch2{letter}.")
+            theirs = theirs.replace("shortcut", "branch1")
+        table[theirs.replace(".", "_")] = torch.rand_like(value).numpy()
+    return table
+
+
+def test_the_resnet_of_msra(tmp_path):
+    model = _model()
+    table = _msra(model)
+    path = tmp_path / "R-18.pkl"
+    path.write_bytes(pickle.dumps(table, 2))
+    others = model.rpn.head.conv[0][0].weight.clone()
+    with torch.no_grad():
+        model.backbone.body.bn1.running_mean.fill_(3)
+    load_weights(model, path)
+    body = model.backbone.body.state_dict()
+    assert torch.equal(body["conv1.weight"], torch.from_numpy(table["conv1_w"]))
+    assert torch.equal(body["layer3.1.bn2.bias"], torch.from_numpy(table["res4_1_branch2b_bn_b"]))
+    assert not any(value.any() for name, value in body.items() if name.endswith("running_mean"))
+    assert all((value == 1).all() for name, value in body.items() if name.endswith("running_var"))
+    assert torch.equal(model.rpn.head.conv[0][0].weight, others)
+    assert not model.backbone.untouched()
+    del table["res3_1_branch2a_w"]
+    with pytest.raises(CheckpointError, match=r"missing: res3\.1\.conv1\.weight"):
+        load_weights(model, table)
+
+
+def _network() -> ResNet:
+    return resnet18(weights=None)
+
+
+@pytest.mark.parametrize("norm", ["frozen", "batch"])
+def test_the_resnet_of_torchvision(norm):
+    model = _model(backbone=BackboneSettings(norm=norm, channels=32), pixels=PixelSettings.torchvision())
+    network = _network().eval()
+    torch.nn.init.uniform_(network.bn1.running_var, 1, 2)
+    load_weights(model.eval(), network.state_dict())
+    image = torch.randn(1, 3, 64, 64)
+    x = network.layer1(network.maxpool(network.relu(network.bn1(network.conv1(image)))))
+    body = model.backbone.body
+    torch.testing.assert_close(body.layer1(body.maxpool(body.relu(body.bn1(body.conv1(image))))), x)
+    assert torch.equal(body.layer4[1].conv2.weight, network.layer4[1].conv2.weight)
+
+
+def test_weights_of_imagenet_need_the_pixels_and_the_stride_they_were_trained_with():
+    with pytest.raises(CheckpointError, match=r"need a model made with pixels=.*order='rgb'"):
+        load_weights(_empty(), {"layer1.0.conv1.weight": torch.zeros(1)})
+    with pytest.raises(CheckpointError, match=r"MSRA's weights need .*order='bgr'"):
+        load_weights(_empty(pixels=PixelSettings.torchvision()), {"conv1_w": torch.zeros(1)})
+    with torch.device("meta"):
+        first = PanopticFPN(50, pixels=PixelSettings.torchvision())
+    with pytest.raises(CheckpointError, match=r"made with backbone=BackboneSettings\(stride_in_1x1=False\)$"):
+        load_weights(first, {"layer1.0.conv1.weight": torch.zeros(1)})
+
+
+def test_group_norms_have_no_weights_of_imagenet():
+    model = _empty(backbone=tiny_settings()["backbone"], pixels=PixelSettings.torchvision())
+    with pytest.raises(CheckpointError, match=r"unknown: bn1.running_mean"):
+        load_weights(model, _network().state_dict())
+
+
+def test_without_a_network_the_address_is_told(monkeypatch):
+    def fail(url: str, *args: object, **options: object) -> None:
+        raise URLError("no network")
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fail)
+    model = _empty(pixels=PixelSettings.torchvision())
+    with pytest.raises(CheckpointError, match=r"https://.*resnet18.* cannot be downloaded.*give the file"):
+        load_weights(model, "imagenet")
+
+
+def test_imagenet_comes_from_torchvision(monkeypatch):
+    network = _network()
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *args, **kw: network.state_dict())
+    model = _model(pixels=PixelSettings.torchvision())
+    load_weights(model, "imagenet")
+    assert torch.equal(model.backbone.body.conv1.weight, network.conv1.weight)
+
+
+def test_files_are_found_by_text_too(tmp_path: Path):
+    with pytest.raises(CheckpointError, match="does not exist"):
+        load_weights(_empty(), str(tmp_path / "absent.pth"))

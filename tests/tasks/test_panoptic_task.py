@@ -1,0 +1,282 @@
+"""Panoptic segmentation as a training task: what it optimises, measures, writes, and how it resumes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from PIL import Image
+from tiny_contours import LEAF_SPEC
+
+import crbp
+from crbp.data.panoptic import Categories, DataError, write_shapes
+from crbp.metrics import evaluate_panoptic_files
+from crbp.models import RFPN, PanopticFPN
+from crbp.models.panoptic import PanopticResult, mini_settings
+from crbp.models.panoptic.settings import BoxSettings, MaskSettings, ProposalSettings, SemanticSettings
+from crbp.tasks import Coco, GeneratedShapes, LipschitzPenalty, PanopticBatch, PanopticData, PanopticTask
+from crbp.tasks.panoptic import instances, segments_info
+
+pytestmark = pytest.mark.filterwarnings(LEAF_SPEC)
+
+SHAPES = GeneratedShapes(size=128, train=10, val=3)
+
+
+def tiny_net(kind: str = "rfpn", **changes: Any) -> PanopticFPN:
+    torch.manual_seed(0)
+    settings = mini_settings(128) | {
+        "things": 10,
+        "stuff": 6,
+        "proposals": ProposalSettings(
+            anchor_sizes=(12.0, 20.0, 32.0, 48.0, 80.0),
+            before_nms=50,
+            before_nms_test=50,
+            after_nms=25,
+            after_nms_test=25,
+            samples=32,
+        ),
+        "boxes": BoxSettings(channels=32, samples=16, detections=5, score=0.0),
+        "masks": MaskSettings(channels=32, size=6),
+        "semantic": SemanticSettings(channels=32),
+    }
+    settings["backbone"] = replace(settings["backbone"], channels=32)
+    if kind == "fpn":
+        return PanopticFPN(**settings, **changes)
+    evolve = crbp.Evolve(steps=3, gradient=crbp.RBP(crbp.Neumann(terms=2), on_divergence="fallback"))
+    penalty = LipschitzPenalty(weight=1e-3, bound=0.95, reduction="sum_square")
+    return RFPN(**settings, evolve=evolve, penalty=penalty, **changes)
+
+
+def tiny_data(**settings: Any) -> PanopticData:
+    defaults: dict[str, Any] = {"batch_size": 2, "shortest": (96, 128), "shortest_test": 128, "longest": 128}
+    return PanopticData(SHAPES, **{**defaults, "workers": 0, **settings})
+
+
+def trainer(folder: Path, **settings: Any) -> pl.Trainer:
+    defaults: dict[str, Any] = {
+        "accelerator": "cpu", "default_root_dir": folder, "enable_model_summary": False,
+        "enable_progress_bar": False, "log_every_n_steps": 1, "logger": False, "max_steps": 2,
+        "num_sanity_val_steps": 0, "limit_val_batches": 0,
+    }  # fmt: skip
+    return pl.Trainer(**{**defaults, **settings})
+
+
+def true_result(truth: Any, categories: Categories) -> PanopticResult:
+    """The result of a network that makes no mistake, crowds left out."""
+    ids, listed = truth
+    segments, kept = [], torch.zeros_like(ids)
+    for segment in listed:
+        if segment["iscrowd"]:
+            continue
+        kept[ids == segment["id"]] = segment["id"]
+        thing = categories.isthing(segment["category_id"])
+        label = (categories.thing_label if thing else categories.semantic_label)(segment["category_id"])
+        found = {"id": segment["id"], "label": label, "isthing": thing, "area": segment["area"]}
+        segments.append(found | ({"score": 1.0} if thing else {}))
+    things = instances((ids, [s for s in listed if not s["iscrowd"]]), categories)
+    return PanopticResult(
+        panoptic=kept,
+        segments=segments,
+        boxes=things["boxes"],
+        scores=torch.ones(len(things["boxes"])),
+        labels=things["labels"],
+        masks=things["masks"],
+    )
+
+
+class Knowing(torch.nn.Module):
+    """Stands in for the network in `PanopticTask`: knows the truth of each image."""
+
+    def __init__(self, data: PanopticData) -> None:
+        super().__init__()
+        self.things, self.stuff = len(data.categories.things), len(data.categories.stuff)
+        self.results = [true_result(batch.truths[0], data.categories) for batch in data.val_dataloader()]
+
+    def forward(self, images: Any, sizes: Any) -> list[PanopticResult]:
+        return [self.results.pop(0)]
+
+
+def test_a_network_without_mistakes_has_quality_and_precision_of_one(tmp_path: Path) -> None:
+    data = tiny_data()
+    task = PanopticTask(Knowing(data))  # type: ignore[arg-type]
+    (found,) = trainer(tmp_path).test(task, data, verbose=False)
+    assert {name: found[f"test/{name}"] for name in ("pq", "sq", "rq", "pq_things", "pq_stuff")} == {
+        "pq": 1, "sq": 1, "rq": 1, "pq_things": 1, "pq_stuff": 1,
+    }  # fmt: skip
+    assert found["test/mask_ap"] == pytest.approx(1)
+    assert found["test/box_ap"] == pytest.approx(1)
+
+
+def test_results_of_a_test_are_written_in_the_official_form(tmp_path: Path) -> None:
+    write_shapes(tmp_path / "set", images=(1, 3), size=128, workers=1, progress=False)
+    source = Coco(root=str(tmp_path / "set"), train="train", val="val")
+    data = PanopticData(source, shortest=(128,), shortest_test=128, longest=128, workers=0)
+    task = PanopticTask(Knowing(data), results=str(tmp_path / "mine.json"))  # type: ignore[arg-type]
+    trainer(tmp_path).test(task, data, verbose=False)
+    found = evaluate_panoptic_files(tmp_path / "set" / "panoptic_val.json", None, tmp_path / "mine.json", None)
+    assert found["pq"] == 1
+
+
+def test_segments_are_named_by_the_ids_of_the_data_set() -> None:
+    categories = Categories(
+        [
+            {"id": 7, "name": "a", "isthing": 1},
+            {"id": 3, "name": "b", "isthing": 0},
+            {"id": 9, "name": "c", "isthing": 1},
+        ]
+    )
+    segments = [
+        {"id": 1, "label": 1, "isthing": True, "score": 0.5, "area": 2},
+        {"id": 2, "label": 1, "isthing": False, "area": 2},
+    ]
+    empty = torch.zeros(0)
+    result = PanopticResult(
+        panoptic=torch.ones(2, 2), segments=segments, boxes=empty, scores=empty, labels=empty, masks=empty
+    )
+    assert segments_info(result, categories) == [
+        {"id": 1, "category_id": 9, "score": 0.5},
+        {"id": 2, "category_id": 3},
+    ]
+
+
+@pytest.mark.parametrize("kind", ["fpn", "rfpn"])
+def test_training_logs_every_part_of_the_loss(kind: str, tmp_path: Path) -> None:
+    fit = trainer(tmp_path, limit_val_batches=1)
+    task = PanopticTask(tiny_net(kind), optimizer="adamw", warmup_steps=0)
+    before = [p.detach().clone() for p in task.parameters()]
+    fit.fit(task, tiny_data())
+    logged = {name: float(value) for name, value in fit.callback_metrics.items()}
+    parts = {"rpn_class", "rpn_box", "box_class", "box_delta", "mask", "semantic"}
+    parts |= {"penalty"} if kind == "rfpn" else set()
+    assert logged["train/loss"] == pytest.approx(sum(logged[f"train/{part}"] for part in parts), rel=1e-5)
+    assert ("train/backward_terms" in logged) == ("train/residual" in logged) == (kind == "rfpn")
+    moved = sum(not torch.equal(a, b) for a, b in zip(before, task.parameters(), strict=True))
+    assert moved > 0.9 * len(before)
+
+
+def test_the_rate_follows_the_batch_and_the_schedule(tmp_path: Path) -> None:
+    rates = []
+
+    class Spy(pl.Callback):
+        def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    task = PanopticTask(tiny_net("fpn"), learning_rate=0.016, warmup_steps=2, milestones=(0.5, 0.75))
+    data = tiny_data()
+    trainer(tmp_path, max_steps=8, max_epochs=9, callbacks=[Spy()]).fit(task, data)
+    base = 0.016 * 2 / 16
+    assert rates == pytest.approx([base * f for f in (0.001, 0.5005, 1, 1, 0.1, 0.1, 0.01, 0.01)])
+    decays = {
+        id(parameter): group["weight_decay"]
+        for group in task.trainer.optimizers[0].param_groups
+        for parameter in group["params"]
+    }
+    norms = [m for m in task.modules() if isinstance(m, torch.nn.GroupNorm)]
+    assert {decays[id(p)] for norm in norms for p in norm.parameters()} == {0.0}
+    assert {decays[id(p)] for name, p in task.named_parameters() if name.endswith("conv1.weight")} == {1e-4}
+    assert len(decays) == sum(p.requires_grad for p in task.parameters())
+
+
+def test_steps_of_evaluation_are_those_asked_for(tmp_path: Path) -> None:
+    net = tiny_net()
+    taken = []
+    net.mask_head.register_forward_pre_hook(lambda *_: taken.append(net.steps))
+    task = PanopticTask(net, steps=7, average_precision=False)
+    trainer(tmp_path).test(task, tiny_data(val_size=1), verbose=False)
+    assert net.steps == 3
+    trainer(tmp_path, max_steps=1).fit(task, tiny_data())
+    assert set(taken) <= {3, 7}
+
+
+def test_a_resumed_run_sees_the_images_of_one_that_was_not_interrupted(tmp_path: Path) -> None:
+    def seen(loader: Any) -> list[tuple[int, int, int]]:
+        return [
+            (target["image_id"], image.shape[1], int(image.sum()))
+            for batch in loader
+            for image, target in zip(batch.images, batch.targets, strict=True)
+        ]
+
+    whole = seen(tiny_data().train_dataloader())
+    assert len({number for number, *_ in whole}) == len(whole) == 10
+    data = tiny_data()
+    batches = iter(data.train_dataloader())
+    for _ in range(2):
+        next(batches)
+    again = tiny_data()
+    again.load_state_dict(data.state_dict())
+    assert seen(again.train_dataloader()) == whole[4:]
+
+
+def test_the_network_must_have_the_classes_of_the_data(tmp_path: Path) -> None:
+    task = PanopticTask(PanopticFPN(**mini_settings(128), things=3, stuff=6))
+    with pytest.raises(ValueError, match="set things=10 and stuff=6"):
+        trainer(tmp_path).test(task, tiny_data(), verbose=False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"optimizer": "adam"}, "optimizer"),
+        ({"learning_rate": 0.0}, "learning_rate"),
+        ({"momentum": 1.0}, "momentum"),
+        ({"milestones": (0.9, 0.5)}, "milestones must rise"),
+        ({"milestones": (1.5,)}, "milestones"),
+        ({"warmup_steps": -1}, "warmup_steps"),
+        ({"steps": 30}, "needs a recurrent mask head"),
+    ],
+)
+def test_values_out_of_range_are_named(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PanopticTask(tiny_net("fpn"), **settings)
+
+
+def test_weights_that_cannot_be_read_are_an_error_before_training(tmp_path: Path) -> None:
+    task = PanopticTask(tiny_net("fpn"), weights=str(tmp_path / "nothing.pkl"))
+    with pytest.raises(crbp.CrbpError, match=r"nothing\.pkl"):
+        trainer(tmp_path).fit(task, tiny_data())
+
+
+def test_predictions_of_pictures_are_written(tmp_path: Path) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for name, size in (("b.png", (90, 70)), ("a.jpg", (64, 80))):
+        Image.new("RGB", size, (120, 40, 200)).save(pictures / name)
+    data = tiny_data(predict=str(pictures))
+    task = PanopticTask(tiny_net())
+    fit = trainer(tmp_path, callbacks=[task.prediction_writer(str(tmp_path / "out"))])
+    fit.predict(task, data, return_predictions=False)
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {
+        f"{name}{end}" for name in "ab" for end in (".png", "_panoptic.png", ".json")
+    }
+    told = json.loads((tmp_path / "out" / "b.json").read_text())
+    assert (told["height"], told["width"]) == (70, 90)
+    with Image.open(tmp_path / "out" / "b_panoptic.png") as picture:
+        assert picture.size == (90, 70)
+    assert sum(segment["area"] for segment in told["segments_info"]) <= 70 * 90
+
+
+def test_what_cannot_be_predicted_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such file"):
+        tiny_data(predict=str(tmp_path / "none.png")).predict_dataloader()
+    with pytest.raises(DataError, match="holds no image"):
+        tiny_data(predict=str(tmp_path)).predict_dataloader()
+
+
+def test_a_written_set_gives_the_images_of_the_generated_one(tmp_path: Path) -> None:
+    write_shapes(tmp_path / "set", images=(3, 2), size=128, workers=1, progress=False)
+    source = Coco(root=str(tmp_path / "set"), train="train", val="val")
+    assert source.categories.as_json() == SHAPES.categories.as_json()
+    settings = {"batch_size": 1, "shortest": (128,), "shortest_test": 128, "longest": 128, "workers": 0}
+    read, made = PanopticData(source, **settings), tiny_data(batch_size=1, val_size=2)
+    for got, wanted in zip(read.val_dataloader(), made.val_dataloader(), strict=True):
+        assert isinstance(got, PanopticBatch)
+        assert torch.equal(got.images[0], wanted.images[0])
+        assert torch.equal(got.targets[0]["masks"], wanted.targets[0]["masks"])
+        assert torch.equal(got.truths[0][0], wanted.truths[0][0])
+    with pytest.raises(DataError, match=r"panoptic_train2017\.json"):
+        Coco(root=str(tmp_path / "set")).split("train", read.augment)
