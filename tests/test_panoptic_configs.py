@@ -1,0 +1,91 @@
+"""The configurations of panoptic segmentation: what the script writes, what they build, and the numbers published."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+from jsonargparse import ArgumentParser
+
+from crbp.models.panoptic import mini_settings
+from crbp.tasks import PanopticData, PanopticTask
+
+FILES = sorted((Path(__file__).parents[1] / "configs" / "panoptic").glob("*.yaml"))
+TRAINED = {
+    "fpn_r50_1x": 45_751_590,
+    "rfpn_r50_crbp20_1x": 44_968_038,
+    "fpn_r101_3x": 64_691_494,
+    "rfpn_r101_crbp20_3x": 63_907_942,
+}
+
+
+@cache
+def parser() -> ArgumentParser:
+    made = ArgumentParser(exit_on_error=False)
+    made.add_argument("--seed_everything", type=int)
+    made.add_argument("--trainer", type=dict)
+    made.add_subclass_arguments(PanopticTask, "model")
+    made.add_subclass_arguments(PanopticData, "data")
+    return made
+
+
+def content(name: str) -> dict[str, Any]:
+    path = next(file for file in FILES if file.stem == name)
+    found: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return found
+
+
+def build(name: str) -> Any:
+    return parser().instantiate(parser().parse_object(content(name)))
+
+
+def test_files_are_what_the_script_writes(load_script: Callable[[str], ModuleType]) -> None:
+    script = load_script("configs/make_panoptic.py")
+    written = {f"{row[0]}.yaml": script.text(*row) for row in script.rows()}
+    assert written == {path.name: path.read_text(encoding="utf-8") for path in FILES}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_setting_exists(path: Path) -> None:
+    parser().parse_object(content(path.stem))
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_trained_parameters_are_those_published(name: str) -> None:
+    net = build(name).model.net
+    assert sum(p.numel() for p in net.parameters() if p.requires_grad) == TRAINED[name]
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.stem.startswith("mini")], ids=lambda path: path.stem)
+def test_small_rows_have_the_small_settings_and_the_classes_of_their_data(path: Path) -> None:
+    made = build(path.stem)
+    net, categories = made.model.net, made.data.categories
+    assert (net.things, net.stuff) == (len(categories.things), len(categories.stuff))
+    wanted = mini_settings(192)
+    assert net.merge == wanted["merge"]
+    assert net.depth == wanted["depth"]
+
+
+def test_the_published_schedule() -> None:
+    for name in TRAINED:
+        given = content(name)
+        times = 3 if name.endswith("3x") else 1
+        images = given["data"]["init_args"]["batch_size"] * given["trainer"]["accumulate_grad_batches"]
+        assert (given["trainer"]["max_steps"], images) == (90_000 * times, 16)
+        assert given["trainer"]["gradient_clip_val"] is None
+    steps = {path.stem: content(path.stem)["model"]["init_args"]["net"]["init_args"] for path in FILES}
+    assert {name: net["evolve"]["steps"] for name, net in steps.items() if name.startswith("rfpn_r50")} == {
+        f"rfpn_r50_{method}_1x": n
+        for method, n in (
+            ("bptt1", 1), ("bptt2", 2), ("bptt3", 3), ("bptt5", 5), ("crbp5", 5), ("crbp10", 10), ("crbp20", 20),
+            ("rbp20", 20),
+        )
+    }  # fmt: skip
+    penalty = steps["rfpn_r50_crbp20_1x"]["penalty"]["init_args"]
+    assert penalty == {"weight": 0.001, "bound": 0.95, "reduction": "sum_square"}
+    assert "penalty" not in steps["rfpn_r50_rbp20_1x"]
