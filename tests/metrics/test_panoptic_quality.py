@@ -237,6 +237,7 @@ PIXELS = np.ones((2, 3), int)
         ({"target_map": PIXELS > 0}, "is of bool"),
         ({"target_map": torch.ones(2, 3) > 0}, "is of torch.bool"),
         ({"pred_map": -PIXELS}, "has the id -1"),
+        ({"target_map": np.array([[1, 1, 1], [1, 9, 1]])}, "map of the target has the id 9, which"),
     ],
 )
 def test_mistakes_in_an_image(change: dict[str, Any], message: str) -> None:
