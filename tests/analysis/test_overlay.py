@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from scipy import ndimage
 
 from crbp.analysis.overlay import overlay
 
@@ -91,6 +92,10 @@ def test_the_fill_is_translucent_and_the_contour_is_not() -> None:
     edge = (8 * 5, 8 * 20 + 16)
     np.testing.assert_array_equal(half[edge], solid[edge])
     assert (solid[edge] > solid[inside]).all()
+    above, below = 8 * 25 - 1, 8 * 25  # where one square meets the other: each has its own contour
+    assert (solid[above, 8 * 30] > solid[above - 6, 8 * 30]).all()
+    assert (solid[below, 8 * 30] > solid[below + 6, 8 * 30]).all()
+    assert (solid[above, 8 * 30] != solid[below, 8 * 30]).any()
 
 
 def test_names_stand_in_their_segments_and_apart(written: list[tuple[tuple[float, float], str]]) -> None:
@@ -100,7 +105,10 @@ def test_names_stand_in_their_segments_and_apart(written: list[tuple[tuple[float
     names = [entry for entry in written if entry[0][1] < 480]
     assert sorted(name for _, name in names) == sorted(by_id.values())
     for (x, y), name in names:
-        assert by_id[int(ids[int(y) // 8, int(x) // 8])] == name
+        number = int(ids[int(y) // 8, int(x) // 8])
+        assert by_id[number] == name
+        depth = ndimage.distance_transform_edt(np.pad(ids == number, 1))[1:-1, 1:-1]
+        assert depth[int(y) // 8, int(x) // 8] >= depth.max() - 0.5  # nowhere is farther inside
     legend = [name for (_, y), name in written if y >= 480]
     assert legend == [NAMES[7], "ring", "square × 2"]  # by area
     assert picture.width == 640

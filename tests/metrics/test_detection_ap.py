@@ -117,14 +117,16 @@ def random_pairs(count: int) -> list[tuple[dict[str, Any], dict[str, Any]]]:
         labels = rng.integers(0, 3, len(boxes)).tolist()
         moved = (boxes + rng.integers(-3, 4, boxes.shape)).clip(0, 128)
         target = image(boxes.tolist(), labels, crowd=(rng.random(len(boxes)) < 0.2).astype(int).tolist())
-        pairs.append((image(moved.tolist(), labels, rng.random(len(boxes)).tolist()), target))
+        found = image(moved.tolist(), labels, rng.random(len(boxes)).tolist())
+        found["masks"][:, :, ::3] = False  # so that sizes of boxes and of masks differ
+        pairs.append((found, target))
     return pairs
 
 
 def test_batches_and_parts_do_not_matter() -> None:
     pairs = random_pairs(8)
     expected = precision(*pairs)
-    assert 0 < expected["mask_ap"] < 1
+    assert 0 < expected["mask_ap"] < expected["box_ap"] < 1
     metric, other = DetectionAP(), DetectionAP()
     for place, (found, truth) in enumerate(pairs):
         (metric, other)[place % 2].update([found], [truth])
@@ -160,6 +162,8 @@ def compute_in_a_group(rank: int, folder: Path) -> None:
     if rank == 1:  # the other has seen nothing
         metric.update(*zip(*random_pairs(5), strict=True))
     else:
+        metric.update(*zip(*random_pairs(2), strict=True))
+        metric.reset()
         metric.update([], [])
     torch.save(metric.compute(), folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()

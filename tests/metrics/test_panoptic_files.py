@@ -104,6 +104,8 @@ PIXELS = np.ones((2, 2), int)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ((1, PIXELS, ONE, "another.png"), "image 1 or its file another.png was written before"),
+        ((2, PIXELS, ONE, "000000000001.png"), "image 2 or its file 000000000001.png"),
         ((1, PIXELS, ONE), "image 1 or its file 000000000001.png was written before"),
         ((2, PIXELS, []), r"image 2: the map has the segments \[1\] and the list \[\]"),
         ((2, PIXELS, ONE * 2), "name each segment that has pixels once"),
@@ -115,7 +117,7 @@ def test_mistakes_in_what_is_written(tmp_path: Path, arguments: Any, message: st
     writer = PanopticWriter(tmp_path / "found.json")
     writer.write(1, PIXELS, ONE)
     with pytest.raises(ValueError, match=message):
-        writer.write(*arguments)
+        writer.write(*arguments[:3], file_name=(*arguments, None)[3])
 
 
 def edit(file: Path, change: Callable[[Any], Any]) -> None:
