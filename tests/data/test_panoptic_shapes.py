@@ -214,8 +214,10 @@ def test_shapes_take_a_transform():
     assert target["masks"].shape[1:] == target["semantic"].shape == (64, 64)
     assert target["size"] == (128, 128)
     assert data.sizes.tolist() == [[128, 128]] * 2
-    with pytest.raises(IndexError):
-        data[2]
+    assert data.scene(-1).image_id == target["image_id"] == 2
+    for ask in (data.scene, data.panoptic, data.__getitem__):
+        with pytest.raises(IndexError, match="index 2 is out of range for 2 images"):
+            ask(2)
 
 
 def test_the_command(tmp_path, capsys):

@@ -82,14 +82,16 @@ def test_wrong_values_are_refused(settings, words):
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int32])
-def test_a_map_is_resized_as_every_mask_of_it_would_be(dtype):
+@pytest.mark.parametrize("view", [View(80, 64, True), View(20, 17, False)])
+def test_a_map_is_resized_as_every_mask_of_it_would_be(dtype, view):
     ids = np.random.default_rng(0).integers(0, 250, (37, 51)).astype(dtype)
-    view = View(80, 64, True)
     seen = view_labels(ids, view)
     assert seen.dtype == dtype
     for value in (0, 7, 249):
-        mask = Image.fromarray((ids == value).astype(np.uint8)).resize((64, 80), Image.Resampling.NEAREST)
-        np.testing.assert_array_equal(seen == value, np.asarray(mask)[:, ::-1])
+        mask = Image.fromarray((ids == value).astype(np.uint8)).resize(
+            (view.width, view.height), Image.Resampling.NEAREST
+        )
+        np.testing.assert_array_equal(seen == value, np.asarray(mask)[:, :: -1 if view.flip else 1])
 
 
 def test_an_image_is_flipped_after_pillows_bilinear_resize():

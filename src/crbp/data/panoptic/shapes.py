@@ -79,6 +79,7 @@ class Shapes(PanopticDataset):
 
     def scene(self, index: int) -> Scene:
         """The image at a place with its segments; its number is the place + 1."""
+        index = self.resolve(index)
         drawn = _layout.draw(self.size, self.objects, seed=self.seed, split=self.split, index=index)
         numbers = np.array([_NUMBERS[name] for name in drawn.names], np.int32)
         crowd = np.array(drawn.crowd, np.bool_)
