@@ -37,7 +37,7 @@ def test_hgru_starts_its_gates_against_each_other():
 
 def test_galahgru_starts_from_the_paper():
     cell = GALAHGRU(MANY, 3, horizon=HORIZON)
-    _assert_chronos(cell.attention_bias)
+    _assert_chronos(cell.attention_bias.flatten())
     assert torch.equal(cell.update_gate.bias, -cell.attention_bias.flatten())
     assert torch.equal(cell.alpha, torch.full((MANY, 1, 1), 0.1))
     assert torch.equal(cell.mu, torch.ones(MANY, 1, 1))

@@ -269,10 +269,9 @@ def test_mask_targets_are_the_bitmap_within_the_box():
 
 
 def test_mask_targets_of_large_boxes_are_the_majority_of_each_cell():
-    blocks = torch.rand(1, 7, 7) < 0.5
-    masks = blocks.repeat_interleave(8, 1).repeat_interleave(8, 2)
+    masks = torch.rand(1, 56, 56) < 0.5
     found = mask_targets(masks, torch.tensor([[0.0, 0, 56, 56]]), torch.tensor([0]), 7)
-    assert torch.equal(found, blocks)
+    assert torch.equal(found, nn.functional.avg_pool2d(masks.float(), 8) >= 0.5)
 
 
 @pytest.mark.parametrize("pixels", [PixelSettings(), PixelSettings.torchvision()])

@@ -49,6 +49,22 @@ def test_segments_partition_what_is_not_void(seed):
         assert int(((semantic == label) & ~instances).sum()) < settings.stuff_area
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_an_instance_is_left_out_only_for_its_score_or_for_what_covers_it(seed):
+    torch.manual_seed(seed)
+    masks, scores, labels, semantic = _case()
+    settings = MergeSettings(score=0.3, overlap=0.6)
+    kept = {
+        each["instance"] for each in merge_panoptic(masks, scores, labels, semantic, settings)[1] if each["isthing"]
+    }
+    assert kept
+    for instance, mask in enumerate(masks):
+        better = [other for other in kept if scores[other] > scores[instance]]
+        covered = int((mask & masks[better].any(dim=0)).sum())
+        fits = bool(mask.any()) and covered / int(mask.sum()) <= settings.overlap
+        assert (instance in kept) == (float(scores[instance]) >= settings.score and fits)
+
+
 def test_nothing_is_seen_in_an_image_of_things_without_detections():
     panoptic, segments = merge_panoptic(
         torch.zeros(0, *SIZE, dtype=torch.bool), torch.zeros(0), torch.zeros(0).long(), torch.zeros(SIZE).long()

@@ -1,6 +1,8 @@
 """The two models: training steps, results, instances that stop by themselves, memory, what they refuse."""
 
+import importlib.util
 import math
+import sys
 import warnings
 from dataclasses import replace
 
@@ -10,7 +12,7 @@ import yaml
 from tiny_panoptic import STUFF, THINGS, tiny_image, tiny_settings, tiny_target
 from torch import Tensor, nn
 
-import crbp
+import crbp.models
 from crbp import BPTT, RBP, Evolve, Neumann
 from crbp.models import RFPN, PanopticFPN, PanopticResult
 from crbp.models.panoptic import BackboneSettings, MaskSettings, mini_settings
@@ -324,6 +326,16 @@ def test_a_model_is_made_from_yaml():
     assert model.merge.stuff_area == 64
     assert model.merge.overlap == 0.5
     assert model.rpn.anchor_generator.sizes == ((8,), (16,), (24,), (32,), (48,))
+
+
+def test_without_torchvision_the_extra_is_named(monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torchvision" else found(name))
+    for name in [name for name in sys.modules if name.startswith("crbp.models.panoptic")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ImportError, match=r"needs torchvision, .* pip install 'crbp\[panoptic\]'"):
+        crbp.models.RFPN  # noqa: B018
+    assert crbp.models.PathfinderNet is not None
 
 
 def test_mini_settings_make_both_models():
