@@ -7,7 +7,7 @@ import pickle
 
 import numpy as np
 import pytest
-from tiny_panoptic import CATEGORIES
+from panoptic_files import CATEGORIES
 
 from crbp.data.panoptic import Categories, DataError
 

@@ -6,8 +6,8 @@ import json
 
 import numpy as np
 import pytest
+from panoptic_files import IDS, save, write
 from PIL import Image
-from tiny_panoptic import IDS, save, write
 
 from crbp.cli import main
 from crbp.data.panoptic import DataError, check, rgb_from_ids

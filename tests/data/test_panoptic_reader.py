@@ -8,9 +8,9 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from panoptic_files import CATEGORIES, IDS, SEGMENTS, save, write
 from PIL import Image
 from pycocotools.coco import COCO
-from tiny_panoptic import CATEGORIES, IDS, SEGMENTS, save, write
 from torch.utils.data import DataLoader
 
 from crbp.data.panoptic import Augment, CocoPanoptic, DataError, Key, Resize, View, collate, rgb_from_ids
