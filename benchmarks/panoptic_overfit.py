@@ -30,9 +30,9 @@ STEPS, TERMS = 10, 10  # of the recurrent mask head
 class Progress(pl.Callback):
     """Says how far training has come."""
 
-    def on_validation_epoch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Print the losses and, where it is known, panoptic quality."""
-        shown = {name: round(float(v), 4) for name, v in trainer.callback_metrics.items() if "loss" in name}
+    def on_validation_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Print the loss and panoptic quality."""
+        shown = {name: round(float(trainer.callback_metrics[name]), 4) for name in ("train/loss", "val/pq")}
         print(trainer.global_step, shown, flush=True)
 
 

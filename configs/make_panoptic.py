@@ -87,7 +87,7 @@ def mini(method: str) -> dict[str, Any]:
         # As crbp.models.panoptic.mini_settings has them.
         backbone={"norm": "group", "channels": 64, "canonical_size": SIDE // 2},
         proposals={
-            "anchor_sizes": [round(SIDE / 12 * 2 ** (level / 1.25), 1) for level in range(5)],
+            "anchor_sizes": [SIDE / 12 * 2 ** (level / 1.25) for level in range(5)],
             "before_nms": 200,
             "before_nms_test": 200,
             "after_nms": 100,

@@ -286,3 +286,9 @@ def test_real_images(shared_data):
         labels = [data.categories.thing_label(each["category_id"]) for each in things]
         assert target["labels"].tolist() == labels
         assert ((ids == 0) == (target["semantic"] == 255)).all()
+
+
+def test_the_error_of_a_worker_is_that_of_the_reader() -> None:
+    """A loader raises an error again from its message alone."""
+    error = DataError("picture.png", "it is broken", "fetch it again")
+    assert str(DataError(str(error))) == str(pickle.loads(pickle.dumps(error))) == str(error)

@@ -10,6 +10,8 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+import torchvision
+from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 from tiny_contours import LEAF_SPEC
 
@@ -18,7 +20,7 @@ from crbp.data.panoptic import Categories, DataError, write_shapes
 from crbp.metrics import evaluate_panoptic_files
 from crbp.models import RFPN, PanopticFPN
 from crbp.models.panoptic import PanopticResult, mini_settings
-from crbp.models.panoptic.settings import BoxSettings, MaskSettings, ProposalSettings, SemanticSettings
+from crbp.models.panoptic.settings import BoxSettings, MaskSettings, PixelSettings, ProposalSettings, SemanticSettings
 from crbp.tasks import Coco, GeneratedShapes, LipschitzPenalty, PanopticBatch, PanopticData, PanopticTask
 from crbp.tasks.panoptic import instances, segments_info
 
@@ -212,9 +214,55 @@ def test_a_resumed_run_sees_the_images_of_one_that_was_not_interrupted(tmp_path:
     assert seen(again.train_dataloader()) == whole[4:]
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_a_resumed_run_ends_with_the_weights_of_one_that_was_not_interrupted(tmp_path: Path) -> None:
+    """The sampling of anchors and proposals included, which draws from the random numbers of training."""
+    ends = []
+    for resumed in (None, tmp_path / "step=2.ckpt"):
+        torch.manual_seed(1)
+        task = PanopticTask(tiny_net(), optimizer="adamw", warmup_steps=0)
+        keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=2, save_top_k=-1)
+        trainer(tmp_path, max_steps=4, max_epochs=1, callbacks=[keep]).fit(task, tiny_data(), ckpt_path=resumed)
+        ends.append(task.state_dict())
+    for name, value in ends[0].items():
+        assert torch.equal(value, ends[1][name]), name
+
+
+def test_pictures_are_predicted_with_the_checkpoint_alone(tmp_path: Path) -> None:
+    fit = trainer(tmp_path, max_steps=1)
+    fit.fit(PanopticTask(tiny_net("fpn")), tiny_data())
+    fit.save_checkpoint(tmp_path / "one.ckpt")
+    Image.new("RGB", (70, 64)).save(tmp_path / "picture.png")
+    elsewhere = PanopticData(Coco(root="nowhere"), predict=str(tmp_path / "picture.png"), workers=0)
+    task = PanopticTask(tiny_net("fpn"))
+    trainer(tmp_path).predict(task, elsewhere, ckpt_path=tmp_path / "one.ckpt")
+    assert task.categories is not None
+    assert task.categories.as_json() == SHAPES.categories.as_json()
+    again = trainer(tmp_path, callbacks=[task.prediction_writer(str(tmp_path))])
+    with pytest.raises(crbp.SettingsError, match="written over"):
+        again.predict(task, elsewhere, ckpt_path=tmp_path / "one.ckpt")
+
+
+def test_weights_to_start_from_are_taken_once(tmp_path: Path) -> None:
+    imagenet = torchvision.models.resnet18(norm_layer=lambda channels: torch.nn.GroupNorm(32, channels)).state_dict()
+    torch.save(imagenet, tmp_path / "resnet18.pth")
+    net = PanopticFPN(**mini_settings(128), things=10, stuff=6, pixels=PixelSettings.torchvision())
+    task = PanopticTask(net, weights=str(tmp_path / "resnet18.pth"), warmup_steps=0)
+    trainer(tmp_path, max_steps=1).fit(task, tiny_data())
+    trained = net.backbone.state_dict()
+    (tmp_path / "resnet18.pth").unlink()
+    trainer(tmp_path, max_steps=0).fit(task, tiny_data())
+    assert all(torch.equal(value, trained[name]) for name, value in net.backbone.state_dict().items())
+
+
+def test_training_images_must_make_a_batch() -> None:
+    with pytest.raises(DataError, match="10 training images make no batch of 11"):
+        tiny_data(batch_size=11).train_dataloader()
+
+
 def test_the_network_must_have_the_classes_of_the_data(tmp_path: Path) -> None:
     task = PanopticTask(PanopticFPN(**mini_settings(128), things=3, stuff=6))
-    with pytest.raises(ValueError, match="set things=10 and stuff=6"):
+    with pytest.raises(crbp.SettingsError, match="set things=10 and stuff=6"):
         trainer(tmp_path).test(task, tiny_data(), verbose=False)
 
 

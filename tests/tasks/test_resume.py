@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny_contours import LEAF_SPEC, Lines, tiny_data, tiny_task, trainer
 
 from crbp.tasks import ContourData, FrobeniusPenalty, Generated, Stages
+from crbp.tasks._resume import LastCheckpoint
 from crbp.tasks.sampling import EpochSampler
 
 pytestmark = [
@@ -147,3 +148,13 @@ def test_resumed_run_equals_uninterrupted_one(tmp_path: Path, settings: dict[str
         assert torch.equal(resumed["state_dict"][name], value), name
     torch.testing.assert_close(resumed["optimizer_states"], whole["optimizer_states"], rtol=0, atol=0)
     assert torch.equal(resumed["rng"]["cpu"], whole["rng"]["cpu"])
+
+
+def test_the_last_checkpoint_is_of_the_last_step_whatever_is_best(tmp_path: Path) -> None:
+    best = ModelCheckpoint(tmp_path, filename="best", monitor="val/residual", mode="max", save_top_k=1)
+    fit = trainer(tmp_path, max_epochs=1, val_check_interval=2, callbacks=[best, LastCheckpoint()])
+    fit.fit(tiny_task(), tiny_data())
+    saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == fit.global_step == 5
+    for name, value in fit.lightning_module.state_dict().items():
+        assert torch.equal(value, saved["state_dict"][name])

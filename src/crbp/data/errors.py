@@ -8,8 +8,9 @@ from pathlib import Path
 class DataError(ValueError):
     """A file of a data set is missing, broken or not what it claims; names the file and the remedy."""
 
-    def __init__(self, where: str | Path, what: str, remedy: str) -> None:
-        super().__init__(f"{where}: {what}; {remedy}")
+    def __init__(self, where: str | Path, what: str = "", remedy: str = "") -> None:
+        # A loader's worker sends the message alone, which is whole already.
+        super().__init__(f"{where}: {what}; {remedy}" if what else str(where))
         self.where, self.what, self.remedy = str(where), what, remedy
 
     def __reduce__(self) -> tuple[type[DataError], tuple[str, str, str]]:

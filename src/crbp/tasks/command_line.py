@@ -19,6 +19,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from crbp.data.pathfinder import DataError, GenerationError
 from crbp.errors import CrbpError
 from crbp.tasks._messages import one_line
+from crbp.tasks._resume import LastCheckpoint
 from crbp.tasks.predictions import PredictionWriter
 from crbp.tasks.weights import Origin, SafetensorsExport, read_state
 
@@ -163,10 +164,9 @@ class _CommandLine(LightningCLI):
         if settings.enable_checkpointing is not False and not settings.fast_dev_run:
             if not any(isinstance(callback, ModelCheckpoint) for callback in given):
                 chosen.append(
-                    ModelCheckpoint(
-                        filename="best", monitor=monitor, mode="max", save_last=True, enable_version_counter=False
-                    )
+                    ModelCheckpoint(filename="best", monitor=monitor, mode="max", enable_version_counter=False)
                 )
+                chosen.append(LastCheckpoint())
             if (origin := self._origin()) is not None:
                 chosen.append(SafetensorsExport(origin, monitor=monitor))
         return chosen

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any, Literal, get_args
 
-import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from crbp.losses import focal_loss
 from crbp.metrics import contour_metrics
 from crbp.models import Prediction
 from crbp.tasks._backward import log_backward
+from crbp.tasks._resume import ResumableModule
 from crbp.tasks.penalties import Penalty
 
 Supervision = Literal["last", "all"]
@@ -27,7 +28,7 @@ Batch = dict[str, Tensor]
 RAMP = 0.8  # share of the training over which a penalty's weight rises
 
 
-class ContourTask(pl.LightningModule):
+class ContourTask(ResumableModule):
     """Train a network to say of each pixel whether it lies on the marked contour.
 
     ``loss = focal + ramp · (weight · penalty + residual_weight · residual²)``, minimised by Adam. A batch is
@@ -42,7 +43,7 @@ class ContourTask(pl.LightningModule):
 
     Args:
         net: maps images to a `crbp.models.Prediction`; a recurrent one has its `crbp.Evolve` as the attribute
-            ``evolve``, as `crbp.models.PathfinderNet` does.
+            ``evolve`` and takes ``steps``, a number for one run, as `crbp.models.PathfinderNet` does.
         penalty: on the dynamics, such as `LipschitzPenalty`; None for none.
         penalty_ramp: share of all optimiser steps, in [0, 1), over which the weights of penalty and residual rise
             geometrically from a hundredth of themselves; 0 for their full weight throughout. A strong penalty from the
@@ -51,7 +52,8 @@ class ContourTask(pl.LightningModule):
             by itself can be small while the state keeps moving.
         step_jitter: train each batch with up to so many steps more than ``N``, drawn anew from ``U(0, j t / T)`` at
             optimiser step ``t`` of ``T``: the state is then asked to stay right once it is, and settles. 0 for none;
-            None for ``2N`` where there is a penalty, without which dynamics do not settle in late training.
+            None for ``2N`` where there is a penalty, without which dynamics do not settle in late training; with
+            `crbp.BPTT` the memory then grows to that of ``3N`` steps.
         supervision: ``"last"``, the loss sees the last step; ``"all"``, its mean over every step, which needs
             `crbp.BPTT`.
         gamma: of the focal loss; see `crbp.losses.focal_loss`.
@@ -103,6 +105,11 @@ class ContourTask(pl.LightningModule):
         share("penalty_ramp", ramp)
         non_negative("residual_weight", settle)
         count("step_jitter", jitter, at_least=0)
+        if jitter and "steps" not in inspect.signature(net.forward).parameters:
+            raise ValueError(
+                f"step_jitter={jitter} needs a network that is told its number of steps: give "
+                f"{type(net).__name__}.forward an argument `steps`, or set step_jitter=0"
+            )
         if ramp and not (given or settle):
             raise ValueError(f"penalty_ramp={ramp!r} has no penalty to raise; give one or leave the ramp at 0")
         if not (math.isfinite(learning_rate) and learning_rate > 0):
@@ -119,7 +126,6 @@ class ContourTask(pl.LightningModule):
         measured = ["loss", *(["residual"] if _is_recurrent(net) else []), *(["penalty"] if penalty else [])]
         self.means = MetricCollection({name: MeanMetric() for name in measured}, compute_groups=False)
         self._report: crbp.Report | None = None
-        self._rng: dict[str, Tensor] | None = None
 
     def forward(self, image: Tensor) -> Tensor:
         """Probability ``(B, H, W)`` of each pixel of the images ``(B, 1, H, W)`` to lie on the marked contour."""
@@ -184,7 +190,7 @@ class ContourTask(pl.LightningModule):
         total = self.trainer.estimated_stepping_batches
         scheduled = self.schedule == "cosine" or self.warmup or self.penalty_ramp or self.step_jitter
         if scheduled and not (math.isfinite(total) and total > 0):
-            raise ValueError(
+            raise crbp.SettingsError(
                 "a schedule needs to know the number of steps; set trainer.max_epochs or trainer.max_steps, or choose "
                 "schedule='constant' with warmup=0, penalty_ramp=0 and step_jitter=0"
             )
@@ -197,25 +203,6 @@ class ContourTask(pl.LightningModule):
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the state of the random numbers, so that a net that draws some resumes exactly too."""
-        checkpoint["rng"] = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            checkpoint["rng"]["cuda"] = torch.cuda.get_rng_state(self.device)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the state of the random numbers until training starts."""
-        self._rng = checkpoint.get("rng")
-
-    def on_train_start(self) -> None:
-        """Take up the random numbers where the checkpoint left them."""
-        if self._rng is None:
-            return
-        torch.set_rng_state(self._rng["cpu"].cpu())
-        if self.device.type == "cuda" and "cuda" in self._rng:
-            torch.cuda.set_rng_state(self._rng["cuda"].cpu(), self.device)
-        self._rng = None
 
     def _asked_of_net(self) -> dict[str, Any]:
         """What a recurrent net is told beside the images of a batch; a feed-forward one takes nothing else."""

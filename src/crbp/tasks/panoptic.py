@@ -21,6 +21,7 @@ from crbp.metrics import DetectionAP, PanopticQuality, PanopticWriter
 from crbp.models import RFPN, PanopticFPN
 from crbp.models.panoptic import PanopticResult, load_weights
 from crbp.tasks._backward import log_backward
+from crbp.tasks._resume import ResumableModule
 from crbp.tasks.panoptic_data import PanopticBatch, Truth
 
 Optimizer = Literal["sgd", "adamw"]
@@ -30,7 +31,7 @@ _QUALITIES = tuple(f"{name}{kind}" for kind in ("", "_things", "_stuff") for nam
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
 
 
-class PanopticTask(pl.LightningModule):
+class PanopticTask(ResumableModule):
     """Train Panoptic FPN or R-FPN; measure panoptic quality and average precision.
 
     The sum of the network's losses is minimised by stochastic gradient descent or AdamW. The rate is
@@ -41,7 +42,8 @@ class PanopticTask(pl.LightningModule):
 
     Logged in training, under ``train/``: ``loss`` and each of its parts; of R-FPN also ``residual`` and what
     `ContourTask` logs of the backward solve. In validation and test: ``pq``, ``sq``, ``rq``, the same of things and of
-    stuff, and, unless ``average_precision`` is off, ``box_ap`` and ``mask_ap``.
+    stuff, and, unless ``average_precision`` is off, ``box_ap`` and ``mask_ap``, of the visible pixels of things as the
+    panoptic labels have them, and therefore not comparable with figures for COCO's instances, which overlap.
 
     Args:
         net: the network, for as many classes of things and stuff as the data have.
@@ -108,30 +110,67 @@ class PanopticTask(pl.LightningModule):
         self.weights, self.results = weights, results
         self._files = ExitStack()
         self._writer: PanopticWriter | None = None
+        self._has_weights = False
         self.categories: Categories | None = None
         self.quality: PanopticQuality | None = None
         self.precision: DetectionAP | None = None
 
     def setup(self, stage: str) -> None:
-        """Take the categories from the data, and the weights to start from.
+        """Take the categories from the data.
 
         Raises:
-            ValueError: if the network has other numbers of classes.
-            CheckpointError: if the weights cannot be had or do not fit.
+            SettingsError: if there is no data module, or the network has other numbers of classes.
         """
-        categories: Categories = self.trainer.datamodule.categories  # type: ignore[attr-defined]
+        if stage == "predict":
+            return  # pictures need no data set: the checkpoint knows the categories
+        self._take(self._data().categories)
+        assert self.categories is not None
+        self.quality = PanopticQuality(self.categories.as_json())
+        self.precision = DetectionAP() if self.average_precision else None
+
+    def on_fit_start(self) -> None:
+        """Take the weights to start from, once, and none where a checkpoint was read.
+
+        Raises:
+            CheckpointError: if they cannot be had or do not fit.
+        """
+        if self.weights is not None and not self._has_weights:
+            load_weights(self.net, self.weights)
+        self._has_weights = True
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save the categories as well."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["categories"] = self.categories.as_json() if self.categories is not None else None
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take up the categories, where training has not given them."""
+        super().on_load_checkpoint(checkpoint)
+        self._has_weights = True
+        if self.categories is None and checkpoint.get("categories"):
+            self._take(Categories(checkpoint["categories"]))
+
+    def on_predict_start(self) -> None:
+        """Take the categories from the data, where no checkpoint has given them."""
+        if self.categories is None:
+            self._take(self._data().categories)
+
+    def _data(self) -> Any:
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if data is None:
+            raise crbp.SettingsError(
+                "PanopticTask takes categories and batch size from a crbp.tasks.PanopticData; give one"
+            )
+        return data
+
+    def _take(self, categories: Categories) -> None:
         wanted, has = (len(categories.things), len(categories.stuff)), (self.net.things, self.net.stuff)
         if wanted != has:
-            raise ValueError(
+            raise crbp.SettingsError(
                 f"the data have {wanted[0]} classes of things and {wanted[1]} of stuff, the network {has[0]} and "
                 f"{has[1]}; set things={wanted[0]} and stuff={wanted[1]}"
             )
         self.categories = categories
-        if stage == "fit" and self.weights is not None:
-            load_weights(self.net, self.weights)  # a checkpoint that is resumed is read after this
-        if stage != "predict":
-            self.quality = PanopticQuality(categories.as_json())
-            self.precision = DetectionAP() if self.average_precision else None
 
     def training_step(self, batch: PanopticBatch, batch_idx: int) -> Tensor:
         """The sum of the losses of a batch."""
@@ -195,7 +234,9 @@ class PanopticTask(pl.LightningModule):
         """The optimiser, and a factor on its rate for every step."""
         total = self.trainer.estimated_stepping_batches
         if not (math.isfinite(total) and total > 0):
-            raise ValueError("the schedule needs to know the number of steps; set trainer.max_steps or max_epochs")
+            raise crbp.SettingsError(
+                "the schedule needs to know the number of steps; set trainer.max_steps or max_epochs"
+            )
         rate = self.learning_rate * self._images_per_step() / self.reference_batch
         groups = _parameter_groups(self.net, self.weight_decay)
         made: torch.optim.Optimizer
@@ -213,8 +254,7 @@ class PanopticTask(pl.LightningModule):
         return {"optimizer": made, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _images_per_step(self) -> int:
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        return int(data.batch_size) * self.trainer.world_size * self.trainer.accumulate_grad_batches
+        return int(self._data().batch_size) * self.trainer.world_size * self.trainer.accumulate_grad_batches
 
     def _report(self) -> crbp.Report | None:
         return self.net.report if isinstance(self.net, RFPN) else None

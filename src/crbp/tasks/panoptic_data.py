@@ -248,9 +248,14 @@ class PanopticData(pl.LightningDataModule):
     def train_dataloader(self) -> ResumableLoader:
         """Shuffled batches."""
         items = self.source.split("train", self.augment)
-        self._loader = ResumableLoader(
-            items, self._sampler(len(items), training=True), collate_fn=_together, drop_last=True, **self._settings()
-        )
+        if items.categories.as_json() != self.categories.as_json():
+            raise DataError("data.source", "training and validation have other categories", "give both the same list")
+        sampler = self._sampler(len(items), training=True)
+        if len(sampler) < self.batch_size:
+            raise DataError(
+                "data.source", f"{len(items)} training images make no batch of {self.batch_size}", "lower batch_size"
+            )
+        self._loader = ResumableLoader(items, sampler, collate_fn=_together, drop_last=True, **self._settings())
         if self._resume is not None:
             self._loader.load_state_dict(self._resume)
         self._resume = None
@@ -302,6 +307,7 @@ class PanopticData(pl.LightningDataModule):
             "batch_size": self.batch_size,
             "num_workers": self.workers,
             "persistent_workers": self.workers > 0,
+            "pin_memory": torch.cuda.is_available(),
             # A generator of the loader's own: starting an iteration must not draw from the numbers of training.
             "generator": torch.Generator().manual_seed(self.seed),
         }
@@ -329,6 +335,9 @@ class Pictures(Dataset[PanopticBatch]):
             self.files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
             if not self.files:
                 raise DataError(path, "it holds no image", f"give a folder of {', '.join(sorted(SUFFIXES))}")
+            names = [file.stem for file in self.files]
+            if twice := next((name for name in names if names.count(name) > 1), None):
+                raise DataError(path, f"two images are called {twice}, and so would be what is written", "rename one")
         elif path.is_file():
             self.files = [path]
         else:

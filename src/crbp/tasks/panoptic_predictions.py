@@ -14,6 +14,7 @@ from PIL import Image
 
 from crbp.analysis.overlay import overlay
 from crbp.data.panoptic import Categories, png, rgb_from_ids
+from crbp.errors import SettingsError
 from crbp.models.panoptic import PanopticResult
 
 if TYPE_CHECKING:
@@ -34,6 +35,12 @@ class PanopticPredictionWriter(BasePredictionWriter):
     def __init__(self, folder: str | Path) -> None:
         super().__init__(write_interval="batch")
         self.folder = Path(folder)
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse to write over the pictures."""
+        pictures: Path | None = getattr(trainer.datamodule, "predict", None)  # type: ignore[attr-defined]
+        if pictures is not None and self.folder.resolve() in (pictures.resolve(), pictures.resolve().parent):
+            raise SettingsError(f"{self.folder} holds the pictures, which would be written over; give another folder")
 
     def write_on_batch_end(
         self,

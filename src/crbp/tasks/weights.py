@@ -203,7 +203,8 @@ _DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 class SafetensorsExport(pl.Callback):
     """Keep ``weights/best.safetensors`` and ``weights/last.safetensors`` beside the logs of a run.
 
-    Both are brought up to date at the end of every validation; `load_net` reads them.
+    Both are brought up to date at the end of every validation, the last also at the end of training; `load_net` reads
+    them.
 
     Args:
         origin: of the network.
@@ -213,20 +214,30 @@ class SafetensorsExport(pl.Callback):
     def __init__(self, origin: Origin, *, monitor: str = "val/f1") -> None:
         self.origin, self.monitor = origin, monitor
         self.best: float | None = None
+        self._written = -1
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the weights of this moment, and as best ones where they are."""
         if trainer.state.fn is not TrainerFn.FITTING or trainer.sanity_checking or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        # Asked for on every process, since a sharded model has to be gathered by all of them.
-        state = trainer.strategy.lightning_module_state_dict()
-        folder = Path(trainer.log_dir or trainer.default_root_dir) / "weights"
         score = trainer.callback_metrics.get(self.monitor)
         better = score is not None and (self.best is None or float(score) > self.best)
         if score is not None and better:
             self.best = float(score)
+        self._write(trainer, ("last", "best") if better else ("last",))
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the weights of the end, where no validation has."""
+        if trainer.global_step != self._written and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._write(trainer, ("last",))
+
+    def _write(self, trainer: pl.Trainer, files: tuple[str, ...]) -> None:
+        self._written = trainer.global_step
+        # Asked for on every process, since a sharded model has to be gathered by all of them.
+        state = trainer.strategy.lightning_module_state_dict()
+        folder = Path(trainer.log_dir or trainer.default_root_dir) / "weights"
         if trainer.is_global_zero:
-            for file in ("last", "best") if better else ("last",):
+            for file in files:
                 save_net(of_net(state), folder / f"{file}.safetensors", self.origin)
 
     def state_dict(self) -> dict[str, Any]:

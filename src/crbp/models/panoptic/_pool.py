@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
+import torchvision  # noqa: F401  # registers the operator that is called
 from torch import Tensor, nn
-from torchvision.ops import roi_align
 
 from crbp.models.panoptic.backbone import LEVELS, STRIDES
 
@@ -15,6 +15,16 @@ _POOLED = 4  # P2–P5; P6 is for proposals only
 def at_least_float32(x: Tensor) -> Tensor:
     """The values in a precision that box arithmetic and losses can do with, also under autocast."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def roi_align(features: Tensor, rows: Tensor, size: int, scale: float) -> Tensor:
+    """RoIAlign of ``(n, 5)`` rows of image and corners, aligned, with as many samples as a cell is large.
+
+    The operator itself and not `torchvision.ops.roi_align`, which, where deterministic kernels are asked for on a GPU,
+    takes another way that visits every pixel of the map for every cell.
+    """
+    found: Tensor = torch.ops.torchvision.roi_align(features, rows, scale, size, size, 0, True)
+    return found
 
 
 class PyramidPool(nn.Module):
@@ -50,6 +60,6 @@ class PyramidPool(nn.Module):
             place = torch.where(levels == index)[0]
             feature = at_least_float32(features[name])
             rows = rois[place].to(feature.dtype)
-            pooled.append(roi_align(feature, rows, self.size, 1 / stride, sampling_ratio=0, aligned=True))
+            pooled.append(roi_align(feature, rows, self.size, 1 / stride))
             places.append(place)
         return torch.cat(pooled)[torch.argsort(torch.cat(places))]

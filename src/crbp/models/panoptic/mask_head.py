@@ -10,13 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.ops import roi_align
 
 from crbp._checks import count, non_negative
 from crbp.cells import GALAHGRU
 from crbp.errors import DivergenceError
 from crbp.evolve import Evolve, Run
-from crbp.models.panoptic._pool import at_least_float32
+from crbp.models.panoptic._pool import at_least_float32, roi_align
 
 CONVOLUTIONS = 4
 
@@ -175,7 +174,7 @@ def mask_targets(masks: Tensor, boxes: Tensor, matched: Tensor, size: int) -> Te
     if len(boxes) == 0:
         return torch.zeros(0, size, size, dtype=torch.bool, device=boxes.device)
     rows = torch.cat([matched[:, None].to(boxes.dtype), boxes], dim=1)
-    soft: Tensor = roi_align(masks[:, None].to(boxes.dtype), rows, size, 1.0, sampling_ratio=0, aligned=True)
+    soft = roi_align(masks[:, None].to(boxes.dtype), rows, size, 1.0)
     return soft[:, 0] >= 0.5
 
 
