@@ -10,7 +10,7 @@ from panoptic_files import IDS, save, write
 from PIL import Image
 
 from crbp.cli import main
-from crbp.data.panoptic import DataError, check, rgb_from_ids
+from crbp.data.panoptic import CocoPanoptic, DataError, check, rgb_from_ids
 
 
 def run(root, **options):
@@ -149,6 +149,15 @@ def test_all_faults_are_counted_and_some_listed(tmp_path):
         run(tmp_path, limit=0)
     with pytest.raises(ValueError, match="workers must be"):
         run(tmp_path, workers=0)
+
+
+def test_a_turned_image_has_the_size_that_it_is_shown_in(tmp_path):
+    write(tmp_path)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    Image.new("RGB", (4, 6)).save(tmp_path / "images" / "a.png", exif=exif)
+    assert run(tmp_path).findings == ()
+    assert CocoPanoptic(tmp_path / "images", tmp_path / "panoptic.json")[0][0].shape == (3, 4, 6)
 
 
 @pytest.mark.slow

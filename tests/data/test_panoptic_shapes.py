@@ -106,6 +106,17 @@ def _pieces(mask):
     return int((np.bincount(label(mask, np.ones((3, 3)))[0].ravel())[1:] >= 12).sum())
 
 
+def test_what_is_too_small_to_be_told_leaves_the_labels():
+    picture = layout._Picture(128, Stream(0))
+    picture.places[:] = 1
+    picture.places[0, :20] = 2
+    picture.places[4:10, 4:10] = 3
+    drawn = picture.finish()
+    assert drawn.places[0, 0] == 0
+    assert drawn.names == (layout.STUFF[picture.stuff[0]], layout.STUFF[picture.stuff[2]])
+    assert drawn.places[5, 5] == 2
+
+
 @pytest.mark.parametrize("name", FORMS)
 def test_an_outline_fills_its_extent_and_no_more(name):
     for key in range(5):
@@ -128,7 +139,7 @@ def test_an_outline_fills_its_extent_and_no_more(name):
 
 
 def test_segment_numbers_are_colours_near_their_category():
-    numbers = np.array([1] * 40 + [2] * 40 + [11, 12], np.int32)
+    numbers = np.array([1] * 120 + [2] * 120 + [11, 12], np.int32)
     ids = segment_ids(numbers)
     assert len(set(ids.tolist())) == len(ids)
     assert ids.min() > 0
@@ -145,6 +156,9 @@ def test_files_hold_the_pixels_made_on_the_fly(tmp_path):
         )
         assert len(read) == len(made) == images
         assert read.categories == made.categories == CATEGORIES
+        numbers = [each["id"] for each in read.ground_truth()["annotations"]]
+        assert len(set(numbers)) == len(numbers)
+        assert min(numbers) >= 1
         numberless = [{**each, "id": 0} for each in made.ground_truth()["annotations"]]
         assert [{**each, "id": 0} for each in read.ground_truth()["annotations"]] == numberless
         for k in range(images):

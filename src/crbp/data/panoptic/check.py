@@ -16,11 +16,12 @@ from crbp.data._parallel import bar, cores, run
 from crbp.data.errors import DataError
 from crbp.data.panoptic.categories import Categories
 from crbp.data.panoptic.dataset import measure
-from crbp.data.panoptic.formats import image_size, read_ids
+from crbp.data.panoptic.formats import read_ids
 from crbp.data.panoptic.reader import labels_folder, locate
 from crbp.data.panoptic.records import Finding, Record, Records, find_categories, load, missing, problems, sound
 
 _CHUNK = 64  # images a task of a worker process
+_ORIENTATION = 0x0112  # of EXIF
 
 
 @dataclass(frozen=True)
@@ -203,15 +204,14 @@ def _look_at(job: _Job) -> _Done:
 def _image_findings(path: Path, record: Record) -> list[Finding]:
     name = f"image {record.image_id}"
     try:
-        size = image_size(path)
         with Image.open(path) as image:
+            width, height = image.size
             image.draft("RGB", (1, 1))  # reads all of a JPEG, but computes few of its pixels
             image.load()
-    except DataError as error:
-        return [Finding(str(path), name, error.what)]
-    except (OSError, SyntaxError, ValueError) as error:
+            turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)  # by a quarter, as `read_image` turns it
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         return [Finding(str(path), name, f"the image cannot be read ({error})")]
-    return _size_findings(path, record, size)
+    return _size_findings(path, record, (width, height) if turned else (height, width))
 
 
 def _label_findings(path: Path, record: Record) -> tuple[list[Finding], NDArray[np.int64]]:

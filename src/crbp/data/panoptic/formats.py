@@ -78,20 +78,6 @@ def read_image(path: str | Path) -> Image.Image:
         raise DataError(path, f"the image cannot be read ({_why(error)})", _REMEDY) from error
 
 
-def image_size(path: str | Path) -> tuple[int, int]:
-    """Height and width of an image as `read_image` would turn it, from its first bytes.
-
-    Raises:
-        DataError: it is missing or no image; names it.
-    """
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            return (width, height) if image.getexif().get(0x0112, 1) in (5, 6, 7, 8) else (height, width)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(path, f"the image cannot be read ({_why(error)})", _REMEDY) from error
-
-
 def png(pixels: NDArray[np.uint8]) -> bytes:
     """The bytes of a PNG of the pixels ``(H, W, 3)``."""
     buffer = io.BytesIO()
