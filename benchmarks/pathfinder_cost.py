@@ -4,7 +4,7 @@
 
 Every step is that of the row's own configuration and images at their full size; only the number of images in a batch
 is another. The arithmetic is counted, not timed: that of the convolutions, done directly, on an image of 16×16, and it
-grows with the pixels. `gpu_hours` is no measurement: it is the arithmetic of the whole run at the rate of
+grows with the pixels. Numbers of steps are not drawn here: all are of N. `gpu_hours` is no measurement: it is the arithmetic of the whole run at the rate of
 ``--gpu-tflops``.
 """
 
@@ -93,6 +93,7 @@ def measure(name: str, *, batch: int, steps: int, gpu_tflops: float) -> dict[str
     data = build(ContourData, {**config["data"], "init_args": {**settings, **few}}, f"the data of {name}")
     torch.manual_seed(config["seed_everything"])
     task = build(ContourTask, config["model"], f"the model of {name}")
+    task.step_jitter = 0
     cost = Cost(steps)
     trainer = pl.Trainer(
         **{**config["trainer"], "max_steps": steps, "val_check_interval": None},
@@ -129,6 +130,8 @@ def arithmetic(task: ContourTask) -> float:
         loss = focal_loss(prediction.logits, mask)
         if task.penalty is not None:
             loss = loss + task.penalty(prediction.run)
+        if task.residual_weight:
+            loss = loss + crbp.residual_penalty(prediction.run)
         loss.backward()
     return counted.flop
 
@@ -154,6 +157,7 @@ def main() -> None:
     if options.out.exists():
         known = {line["row"] for line in csv.DictReader(options.out.read_text().splitlines())}
     else:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(",".join(COLUMNS) + "\n")
     for name in dict.fromkeys(name for pattern in options.patterns for name in rows(pattern)):
         if name in known:

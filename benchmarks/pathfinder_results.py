@@ -132,8 +132,10 @@ def events(run: Path) -> EventAccumulator:
 
 def write(runs: Iterable[Path], out: Path) -> None:
     """The table and the curves as CSV files, the figures, and the weights."""
-    (out / "weights").mkdir(parents=True, exist_ok=True)
     lines = {run: line for run in runs if (line := collect(run)) is not None}
+    if not lines:
+        raise SystemExit("no finished run was found; pathfinder.py trains them, --runs says where they are")
+    (out / "weights").mkdir(parents=True, exist_ok=True)
     with (out / "table.csv").open("w", newline="") as file:
         writer = csv.DictWriter(
             file, [*COLUMNS, *(f"best_on_{task}" for task in TASKS)], restval="", extrasaction="ignore"

@@ -98,7 +98,7 @@ COMMANDS = {
         _lightning("test"),
     ),
     "predict": _Command(
-        "write what a checkpoint sees in the test split as PNG files",
+        "write what a checkpoint sees in the test split, or in images given, as PNG files",
         "crbp predict --config runs/NAME/version_0/config.yaml --ckpt_path FILE.ckpt --out predictions",
         _lightning("predict"),
     ),

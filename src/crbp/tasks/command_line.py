@@ -96,7 +96,7 @@ class _CommandLine(LightningCLI):
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand == "predict":
-            parser.add_argument("--out", type=str, default="predictions", help="Folder to write PNG files to.")
+            parser.add_argument("--out", type=str, default="predictions", help="Folder to write to.")
             # They go to disk batch by batch; kept as well, they would fill the memory.
             parser.set_defaults({"return_predictions": False})
         return parser
