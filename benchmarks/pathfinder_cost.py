@@ -3,9 +3,9 @@
     python benchmarks/pathfinder_cost.py 'pf*' --batch 1 --out results/pathfinder/paper_cost.csv
 
 Every step is that of the row's own configuration and images at their full size; only the number of images in a batch
-is another. The arithmetic is counted, not timed: that of the convolutions, done directly, on an image of 16×16, and it
-grows with the pixels. Numbers of steps are not drawn here: all are of N. `gpu_hours` is no measurement: it is the arithmetic of the whole run at the rate of
-``--gpu-tflops``.
+is another, and numbers of steps are not drawn: all are of N. The arithmetic is counted, not timed: that of the
+convolutions, done directly, on an image of 16×16, and it grows with the pixels. `gpu_hours` is no measurement: it is
+the arithmetic of the whole run at the rate of ``--gpu-tflops``.
 """
 
 from __future__ import annotations
