@@ -102,13 +102,14 @@ def segment_ids(category_ids: NDArray[np.int32]) -> NDArray[np.int32]:
     """A number for each segment of an image, ``(n,)``: its colour in the PNG, near that of its category, none twice."""
     found: list[int] = []
     for k, category in enumerate(category_ids.tolist()):
-        red, green, blue = CATEGORIES.colour(category)
-        step = k if CATEGORIES.isthing(category) else 0
+        red, green, blue = (min(value, 231) for value in CATEGORIES.colour(category))
+        # 7³ shades of a thing, those of neighbours in the list far apart, more than an image has places.
+        step = 100 * k % 343 if CATEGORIES.isthing(category) else 0
         while True:
-            shade = [value - 24 + 29 * step % 48 for value in (red, green)] + [blue - 24 + 13 * step % 48]
-            number = sum(min(255, max(1, value)) << 8 * place for place, value in enumerate(shade))
+            shade = red + 8 * (step % 7) - 24, green + 8 * (step // 7 % 7) - 24, blue + 8 * (step // 49) - 24
+            number = sum(value << 8 * place for place, value in enumerate(shade))
             if number not in found:
                 break
-            step += 1
+            step = (step + 1) % 343
         found.append(number)
     return np.array(found, np.int32)
