@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import numpy as np
@@ -19,6 +20,12 @@ def run(root, **options):
 
 def _labels(root, ids):
     Image.fromarray(rgb_from_ids(ids)).save(root / "panoptic" / "a.png")
+
+
+def _cut_jpeg(path):
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (3, 5, 3), np.uint8)).save(buffer, "JPEG", quality=100)
+    path.write_bytes(buffer.getvalue()[:-40])
 
 
 def _segment(content, place, **values):
@@ -90,6 +97,11 @@ SPOILT = {
     ),
     "unreadable image": (
         lambda r, c: (r / "images/b.png").write_bytes((r / "images/b.png").read_bytes()[:50]),
+        "images/b.png: image 12: the image cannot be read",
+        False,
+    ),
+    "image cut short": (
+        lambda r, c: _cut_jpeg(r / "images/b.png"),
         "images/b.png: image 12: the image cannot be read",
         False,
     ),

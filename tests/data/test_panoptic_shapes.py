@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from crbp.cli import main
-from crbp.data.panoptic import CocoPanoptic, DataError, Resize, Shapes, check, write_shapes
+from crbp.data.panoptic import CocoPanoptic, DataError, Resize, Shapes, check, ids_from_rgb, rgb_from_ids, write_shapes
 from crbp.data.panoptic import _layout as layout
 from crbp.data.panoptic._forms import FORMS, MARGIN, Stream
 from crbp.data.panoptic.shapes import CATEGORIES, segment_ids
@@ -139,11 +139,16 @@ def test_an_outline_fills_its_extent_and_no_more(name):
 
 
 def test_segment_numbers_are_colours_near_their_category():
-    numbers = np.array([1] * 120 + [2] * 120 + [11, 12], np.int32)
-    ids = segment_ids(numbers)
-    assert len(set(ids.tolist())) == len(ids)
-    assert ids.min() > 0
-    assert ids.max() < 1 << 24
+    # Each thing at each of the places that an image can have, and each kind of stuff.
+    numbers = [segment_ids(np.full(255, id, np.int32)) for id in CATEGORIES.things]
+    numbers.append(segment_ids(np.array(CATEGORIES.stuff, np.int32)))
+    flat = np.concatenate(numbers)
+    assert len(set(flat.tolist())) == len(flat)
+    assert flat.min() > 0
+    np.testing.assert_array_equal(ids_from_rgb(rgb_from_ids(flat[None]))[0], flat)
+    for id, found in zip(CATEGORIES.things, numbers, strict=False):
+        away = rgb_from_ids(found[None])[0].astype(int) - np.minimum(CATEGORIES.colour(id), 231)
+        assert np.abs(away).max() == 24
 
 
 def test_files_hold_the_pixels_made_on_the_fly(tmp_path):

@@ -100,16 +100,11 @@ def check_task(size: int, objects: tuple[int, int], seed: int) -> None:
 
 def segment_ids(category_ids: NDArray[np.int32]) -> NDArray[np.int32]:
     """A number for each segment of an image, ``(n,)``: its colour in the PNG, near that of its category, none twice."""
-    found: list[int] = []
+    found = []
     for k, category in enumerate(category_ids.tolist()):
-        red, green, blue = (min(value, 231) for value in CATEGORIES.colour(category))
-        # 7³ shades of a thing, those of neighbours in the list far apart, more than an image has places.
+        # Of 7³ shades of a thing, more than an image has places, those of neighbours in the list are far apart.
         step = 100 * k % 343 if CATEGORIES.isthing(category) else 0
-        while True:
-            shade = red + 8 * (step % 7) - 24, green + 8 * (step // 7 % 7) - 24, blue + 8 * (step // 49) - 24
-            number = sum(value << 8 * place for place, value in enumerate(shade))
-            if number not in found:
-                break
-            step = (step + 1) % 343
-        found.append(number)
+        shade = [min(value, 231) - 24 for value in CATEGORIES.colour(category)]
+        shade = [value + 8 * (step // 7**place % 7) for place, value in enumerate(shade)]
+        found.append(shade[0] | shade[1] << 8 | shade[2] << 16)
     return np.array(found, np.int32)
