@@ -22,17 +22,21 @@ class LastCheckpoint(Checkpoint):
         self._saved = -1
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save the state of this moment."""
-        if trainer.state.fn is TrainerFn.FITTING and not trainer.sanity_checking:
+        """Save the state of this moment; that of the end of an epoch once the epoch is over."""
+        fitting = trainer.state.fn is TrainerFn.FITTING and not trainer.sanity_checking
+        if fitting and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             self._save(trainer)
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save the end, where no validation has."""
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save the end of an epoch."""
         self._save(trainer)
 
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save the end, where no epoch ends."""
+        if self._saved != trainer.global_step:
+            self._save(trainer)
+
     def _save(self, trainer: pl.Trainer) -> None:
-        if self._saved == trainer.global_step:
-            return
         self._saved = trainer.global_step
         trainer.save_checkpoint(Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints" / "last.ckpt")
 
