@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser
 
 from crbp.models.panoptic import mini_settings
 from crbp.tasks import PanopticData, PanopticTask
@@ -52,7 +52,12 @@ def test_files_are_what_the_script_writes(load_script: Callable[[str], ModuleTyp
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_setting_exists(path: Path) -> None:
-    parser().parse_object(content(path.stem))
+    given = content(path.stem)
+    assert parser().parse_object(given).model.class_path == given["model"]["class_path"]
+    net = given["model"]["init_args"]["net"]["init_args"]
+    net["no_such_setting"] = 1
+    with pytest.raises(ArgumentError, match="no_such_setting"):
+        parser().parse_object(given)
 
 
 @pytest.mark.parametrize("name", TRAINED)

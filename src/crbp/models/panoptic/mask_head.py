@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
@@ -34,12 +35,12 @@ class MaskFeatures(NamedTuple):
     steps: Tensor | None = None
 
 
-class MaskHead(nn.Module):
+class MaskHead(nn.Module, ABC):
     """What comes between pooled features and the mask predictor."""
 
+    @abstractmethod
     def forward(self, pooled: Tensor) -> MaskFeatures:
         """``(n, C, s, s)`` to `MaskFeatures`."""
-        raise NotImplementedError
 
 
 class ConvolutionalMaskHead(MaskRCNNHeads, MaskHead):
