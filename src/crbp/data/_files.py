@@ -5,10 +5,27 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
+from crbp.data._parallel import bar, cores, run
 from crbp.data.errors import DataError
+
+
+class Batch(Protocol):
+    """Some images to write below a folder."""
+
+    @property
+    def out(self) -> Path:
+        """The folder of the data set."""
+
+    @property
+    def images(self) -> int:
+        """How many they are."""
+
+
+BatchT = TypeVar("BatchT", bound=Batch)
 
 
 class Written(NamedTuple):
@@ -33,6 +50,37 @@ def write_atomic(path: Path, content: bytes) -> str:
     finally:
         part.unlink(missing_ok=True)
     return hashlib.sha256(content).hexdigest()
+
+
+def write_missing(
+    jobs: Sequence[BatchT],
+    work: Callable[[BatchT], int],
+    checksums: Callable[[BatchT], Path],
+    *,
+    what: str,
+    workers: int | None,
+    progress: bool,
+) -> int:
+    """Write the batches that are not there whole yet, in parallel; the number of images made.
+
+    Args:
+        jobs: all batches.
+        work: writes one and returns its number of images; a function of a module.
+        checksums: the file that lists those of a batch, and is written last.
+        what: shown beside the bar.
+        workers: processes; None for the cores at hand.
+        progress: whether to show a bar.
+    """
+    with bar(progress, what, sum(job.images for job in jobs)) as advance:
+        todo = []
+        for job in jobs:
+            if checksums(job).exists() and not faults(job.out, checksums(job)):
+                advance(job.images)
+            else:
+                todo.append(job)
+        for made in run(work, todo, cores() if workers is None else workers):
+            advance(made)
+    return sum(job.images for job in todo)
 
 
 def write_checksums(path: Path, sums: dict[str, str]) -> None:

@@ -14,14 +14,13 @@ from crbp.data._extras import require
 from crbp.data._files import (
     Written,
     check_claim,
-    faults,
     load_manifest,
     save_manifest,
     sha256,
     write_atomic,
     write_checksums,
+    write_missing,
 )
-from crbp.data._parallel import bar, cores, run
 from crbp.data.panoptic._layout import STREAM_VERSION
 from crbp.data.panoptic.dataset import instance_annotations, segments_info
 from crbp.data.panoptic.formats import png, rgb_from_ids
@@ -97,17 +96,8 @@ def write_shapes(
         for split, total in zip(get_args(Split), images, strict=True)
         for k, start in enumerate(range(0, total, batch_size))
     ]
-    with bar(progress, "writing shapes", sum(images)) as advance:
-        todo = []
-        for job in jobs:
-            if _checksums(job).exists() and not faults(root, _checksums(job)):
-                advance(job.images)
-            else:
-                todo.append(job)
-        for made in run(_write_batch, todo, cores() if workers is None else workers):
-            advance(made)
+    made = write_missing(jobs, _write_batch, _checksums, what="writing shapes", workers=workers, progress=progress)
     _finish(root, jobs, manifest, task)
-    made = sum(job.images for job in todo)
     return Written(made, sum(images) - made, manifest)
 
 

@@ -10,8 +10,15 @@ from crbp.data._extras import require
 
 require("PIL", "pyarrow")
 
-from crbp.data._files import Written, check_claim, faults, load_manifest, save_manifest, sha256  # noqa: E402
-from crbp.data._parallel import bar, cores, run  # noqa: E402
+from crbp.data._files import (  # noqa: E402
+    Written,
+    check_claim,
+    faults,
+    load_manifest,
+    save_manifest,
+    sha256,
+    write_missing,
+)
 from crbp.data.errors import DataError  # noqa: E402
 from crbp.data.pathfinder._formats import Job, checksum_path, write_batch  # noqa: E402
 from crbp.data.pathfinder.config import STREAM_VERSION, PathfinderConfig, Split, stream_key  # noqa: E402
@@ -78,17 +85,10 @@ def write(
         for k in range(shard[0], batches, shard[1])
     ]
     images = sum(job.images for job in jobs)
-    with bar(progress, f"writing {split} images", images) as advance:
-        todo = []
-        for job in jobs:
-            if checksum_path(job).exists() and not faults(job.out, checksum_path(job)):
-                advance(job.images)
-            else:
-                todo.append(job)
-        for made in run(write_batch, todo, workers or cores()):
-            advance(made)
+    made = write_missing(
+        jobs, write_batch, checksum_path, what=f"writing {split} images", workers=workers, progress=progress
+    )
     _save_manifest(manifest, task, shard, jobs)
-    made = sum(job.images for job in todo)
     return Written(made, images - made, manifest)
 
 
