@@ -105,7 +105,7 @@ MINI = Scale(
 
 def settling(steps: int) -> dict[str, Any]:
     """What keeps dynamics stable through late training: `crbp.tasks.ContourTask` has the same by default."""
-    return {"penalty_ramp": 0.8, "residual_weight": 1.0, "step_jitter": 2 * steps}
+    return {"penalty_ramp": 0.8, "residual_weight": 10.0, "step_jitter": 2 * steps}
 
 
 def thing(name: str, **settings: Any) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def test_jitter_reaches_further_beyond_n_as_training_goes_on(tmp_path: Path) -> 
 
 def test_a_penalty_brings_what_keeps_it_effective() -> None:
     cured = tiny_task()
-    assert (cured.penalty_ramp, cured.residual_weight, cured.step_jitter, cured.schedule) == (0.8, 1.0, 8, "cosine")
+    assert (cured.penalty_ramp, cured.residual_weight, cured.step_jitter, cured.schedule) == (0.8, 10.0, 8, "cosine")
     bare = tiny_task(penalty_ramp=0.0, residual_weight=0.0, step_jitter=0)
     assert (bare.penalty_ramp, bare.residual_weight, bare.step_jitter) == (0.0, 0.0, 0)
     without = tiny_task(penalty=None)

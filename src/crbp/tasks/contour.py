@@ -48,7 +48,7 @@ class ContourTask(ResumableModule):
         penalty_ramp: share of all optimiser steps, in [0, 1), over which the weights of penalty and residual rise
             geometrically from a hundredth of themselves; 0 for their full weight throughout. A strong penalty from the
             start slows learning. None for 0.8 where there is a penalty.
-        residual_weight: of `crbp.residual_penalty` in the loss; 0 for none, None for 1 where there is a penalty, which
+        residual_weight: of `crbp.residual_penalty` in the loss; 0 for none, None for 10 where there is a penalty, which
             by itself can be small while the state keeps moving.
         step_jitter: train each batch with up to so many steps more than ``N``, drawn anew from ``U(0, j t / T)`` at
             optimiser step ``t`` of ``T``: the state is then asked to stay right once it is, and settles. 0 for none;
@@ -101,7 +101,7 @@ class ContourTask(ResumableModule):
         given = penalty is not None
         ramp = (RAMP if given else 0.0) if penalty_ramp is None else penalty_ramp
         jitter = (2 * self._evolve().steps if given else 0) if step_jitter is None else step_jitter
-        settle = float(given) if residual_weight is None else residual_weight
+        settle = 10.0 * given if residual_weight is None else residual_weight
         share("penalty_ramp", ramp)
         non_negative("residual_weight", settle)
         count("step_jitter", jitter, at_least=0)
