@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
+from _rows import text, thing, write
 
 FOLDER = Path(__file__).parent / "panoptic"
 
@@ -28,11 +28,6 @@ MINI = ("bptt1", "bptt3", "crbp10", "crbp20")
 TERMS = 15  # of the Neumann series
 SIDE = 192  # of the small images
 MINI_STEPS = 3_000
-
-
-def thing(name: str, **settings: Any) -> dict[str, Any]:
-    """One class of crbp and its settings."""
-    return {"class_path": f"crbp.{name}", **({"init_args": settings} if settings else {})}
 
 
 def recurrence(method: str) -> dict[str, Any]:
@@ -139,28 +134,20 @@ def rows() -> Iterator[tuple[str, str, dict[str, Any]]]:
         yield name, f"Generated shapes of {SIDE} pixels, ResNet-18, {named(method)}; on two CPU cores", mini(method)
 
 
-def text(name: str, title: str, content: dict[str, Any]) -> str:
-    """One file."""
-    lines = [f"# {title}."]
+def comments(name: str, title: str) -> Iterator[str]:
+    """What a file says of itself."""
+    yield f"{title}."
     if name in PUBLISHED:
-        lines.append(f"# Published PQ (Linsley et al., NeurIPS 2020; not at equal images): {PUBLISHED[name]}.")
-    lines.append(f"# Run it with: crbp fit --config configs/panoptic/{name}.yaml")
-    if not name.startswith("mini"):
-        lines[-1] += " --data.source.root FOLDER_OF_COCO"
-    lines += ["# Written by configs/make_panoptic.py, where all rows stand side by side: change it there."]
-    return "\n".join(lines) + "\n" + yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+        yield f"Published PQ (Linsley et al., NeurIPS 2020; not at equal images): {PUBLISHED[name]}."
+    root = "" if name.startswith("mini") else " --data.source.root FOLDER_OF_COCO"
+    yield f"Run it with: crbp fit --config configs/panoptic/{name}.yaml{root}"
+    yield "Written by configs/make_panoptic.py, where all rows stand side by side: change it there."
 
 
-def main() -> None:
-    """Write all files anew."""
-    FOLDER.mkdir(exist_ok=True)
-    written = {f"{row[0]}.yaml": text(*row) for row in rows()}
-    for name, content in written.items():
-        (FOLDER / name).write_text(content, encoding="utf-8")
-    for path in FOLDER.glob("*.yaml"):
-        if path.name not in written:
-            path.unlink()
+def files() -> dict[str, str]:
+    """Name and content of every file."""
+    return {f"{name}.yaml": text(comments(name, title), content) for name, title, content in rows()}
 
 
 if __name__ == "__main__":
-    main()
+    write(FOLDER, files())

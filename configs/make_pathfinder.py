@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
+from _rows import text, thing, write
 
 FOLDER = Path(__file__).parent / "pathfinder"
 
@@ -106,11 +106,6 @@ MINI = Scale(
 def settling(steps: int) -> dict[str, Any]:
     """What keeps dynamics stable through late training: `crbp.tasks.ContourTask` has the same by default."""
     return {"penalty_ramp": 0.8, "residual_weight": 10.0, "step_jitter": 2 * steps}
-
-
-def thing(name: str, **settings: Any) -> dict[str, Any]:
-    """One class of crbp and its settings."""
-    return {"class_path": f"crbp.{name}", **({"init_args": settings} if settings else {})}
 
 
 def cell(scale: Scale, kind: str, kernel_size: int, steps: int) -> dict[str, Any]:
@@ -256,26 +251,19 @@ def long_rows() -> Iterator[tuple[str, str, dict[str, Any]]]:
         yield f"small5_hgru_crbp_{name}", what, recurrent(scale, "small5", "hgru", "crbp", steps, 7)
 
 
-def text(name: str, title: str, content: dict[str, Any]) -> str:
-    """One file."""
-    lines = [f"# {title}."]
+def comments(name: str, title: str) -> Iterator[str]:
+    """What a file says of itself."""
+    yield f"{title}."
     if name in PUBLISHED:
-        lines.append(f"# Published F1 on validation (peak / last): {PUBLISHED[name]} (Linsley et al., NeurIPS 2020).")
-    lines += [f"# Run it with: crbp fit --config configs/pathfinder/{name}.yaml"]
-    lines += ["# Written by configs/make_pathfinder.py, where all rows stand side by side: change it there."]
-    return "\n".join(lines) + "\n" + yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+        yield f"Published F1 on validation (peak / last): {PUBLISHED[name]} (Linsley et al., NeurIPS 2020)."
+    yield f"Run it with: crbp fit --config configs/pathfinder/{name}.yaml"
+    yield "Written by configs/make_pathfinder.py, where all rows stand side by side: change it there."
 
 
-def main() -> None:
-    """Write all files anew."""
-    FOLDER.mkdir(exist_ok=True)
-    written = {f"{row[0]}.yaml": text(*row) for row in rows()}
-    for name, content in written.items():
-        (FOLDER / name).write_text(content, encoding="utf-8")
-    for path in FOLDER.glob("*.yaml"):
-        if path.name not in written:
-            path.unlink()
+def files() -> dict[str, str]:
+    """Name and content of every file."""
+    return {f"{name}.yaml": text(comments(name, title), content) for name, title, content in rows()}
 
 
 if __name__ == "__main__":
-    main()
+    write(FOLDER, files())
