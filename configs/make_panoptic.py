@@ -24,10 +24,11 @@ METHODS = {
     "bptt1": ("BPTT", 1), "bptt2": ("BPTT", 2), "bptt3": ("BPTT", 3), "bptt5": ("BPTT", 5),
     "crbp5": ("C-RBP", 5), "crbp10": ("C-RBP", 10), "crbp20": ("C-RBP", 20), "rbp20": ("RBP", 20),
 }  # fmt: skip
-MINI = ("bptt1", "bptt3", "crbp10", "crbp20")
 TERMS = 15  # of the Neumann series
-SIDE = 192  # of the small images
-MINI_STEPS = 3_000
+SMALL = {  # rows on generated shapes: side of the images, optimiser steps of four images, methods
+    "mini": (192, 3_000, ("fpn", "bptt1", "bptt3", "crbp10", "crbp20")),
+    "shapes": (128, 2_000, ("fpn", "bptt1", "bptt3", "crbp10", "crbp20")),
+}
 
 
 def recurrence(method: str) -> dict[str, Any]:
@@ -72,7 +73,7 @@ def coco(method: str, depth: int, times: int) -> dict[str, Any]:
     }
 
 
-def mini(method: str) -> dict[str, Any]:
+def small(method: str, side: int, steps: int) -> dict[str, Any]:
     """A run on generated shapes, from scratch, on two CPU cores."""
     net = network(
         method,
@@ -80,9 +81,9 @@ def mini(method: str) -> dict[str, Any]:
         things=10,
         stuff=6,
         # As crbp.models.panoptic.mini_settings has them.
-        backbone={"norm": "group", "channels": 64, "canonical_size": SIDE // 2},
+        backbone={"norm": "group", "channels": 64, "canonical_size": side // 2},
         proposals={
-            "anchor_sizes": [SIDE / 12 * 2 ** (level / 1.25) for level in range(5)],
+            "anchor_sizes": [side / 12 * 2 ** (level / 1.25) for level in range(5)],
             "before_nms": 200,
             "before_nms_test": 200,
             "after_nms": 100,
@@ -92,7 +93,7 @@ def mini(method: str) -> dict[str, Any]:
         boxes={"channels": 256, "samples": 64, "detections": 50},
         masks={"channels": 64},
         semantic={"channels": 64},
-        merge={"stuff_area": SIDE * SIDE // 150},
+        merge={"stuff_area": side * side // 150},
     )
     task = thing(
         "tasks.PanopticTask",
@@ -103,11 +104,11 @@ def mini(method: str) -> dict[str, Any]:
         warmup_steps=100,
         milestones=[0.7, 0.9],
     )
-    source = thing("tasks.GeneratedShapes", size=SIDE, train=4 * MINI_STEPS, val=200)
-    data = {"batch_size": 4, "shortest": [SIDE], "shortest_test": SIDE, "longest": 2 * SIDE}
+    source = thing("tasks.GeneratedShapes", size=side, train=4 * steps, val=200)
+    data = {"batch_size": 4, "shortest": [side], "shortest_test": side, "longest": 2 * side}
     return {
         "seed_everything": 0,
-        "trainer": {"max_epochs": 1, "val_check_interval": 500},
+        "trainer": {"max_epochs": 1, "val_check_interval": steps // 4},
         "model": task,
         "data": thing("tasks.PanopticData", source=source, **data),
     }
@@ -129,9 +130,11 @@ def rows() -> Iterator[tuple[str, str, dict[str, Any]]]:
     for method in ("fpn", "crbp20"):
         name = "fpn_r101_3x" if method == "fpn" else f"rfpn_r101_{method}_3x"
         yield name, f"COCO, ResNet-101, {named(method)}, 3× schedule", coco(method, 101, 3)
-    for method in ("fpn", *MINI):
-        name = "mini_fpn" if method == "fpn" else f"mini_rfpn_{method}"
-        yield name, f"Generated shapes of {SIDE} pixels, ResNet-18, {named(method)}; on two CPU cores", mini(method)
+    for family, (side, steps, methods) in SMALL.items():
+        for method in methods:
+            name = f"{family}_fpn" if method == "fpn" else f"{family}_rfpn_{method}"
+            what = f"Generated shapes of {side} pixels, ResNet-18, {named(method)}; on two CPU cores"
+            yield name, what, small(method, side, steps)
 
 
 def comments(name: str, title: str) -> Iterator[str]:
@@ -139,7 +142,7 @@ def comments(name: str, title: str) -> Iterator[str]:
     yield f"{title}."
     if name in PUBLISHED:
         yield f"Published PQ (Linsley et al., NeurIPS 2020; not at equal images): {PUBLISHED[name]}."
-    root = "" if name.startswith("mini") else " --data.source.root FOLDER_OF_COCO"
+    root = "" if name.split("_")[0] in SMALL else " --data.source.root FOLDER_OF_COCO"
     yield f"Run it with: crbp fit --config configs/panoptic/{name}.yaml{root}"
     yield "Written by configs/make_panoptic.py, where all rows stand side by side: change it there."
 
