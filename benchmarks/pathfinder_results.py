@@ -149,8 +149,10 @@ def write(runs: Iterable[Path], out: Path) -> None:
         for run in lines:
             for tag in TAGS:
                 curves.writerows((run.parent.name, tag, step, f"{value:.5g}") for step, value in curve(run, tag))
-    for run in lines:
+    for run, line in lines.items():
         shutil.copyfile(run / "weights" / "last.safetensors", out / "weights" / f"{run.parent.name}.safetensors")
+        if _of_middle_task(line) and line["method"] in ("crbp", "bptt"):
+            shutil.copyfile(run / "analysis" / "state_space.png", out / f"states_{line['method']}.png")
     for name, figure in figures(lines).items():
         figure.savefig(out / f"{name}.png", dpi=140)
     print(f"{len(lines)} rows in {out}")
@@ -208,10 +210,7 @@ def beyond(lines: Mapping[Path, Line]) -> Figure:
 
 def training(lines: Mapping[Path, Line]) -> Figure:
     """F1, penalty and spectral radius through training, of the hGRU's rows on the middle task."""
-    middle = TASKS[len(TASKS) // 2]
-    shown = {
-        run: line for run, line in lines.items() if (line["task"], line["cell"], line["seed"]) == (middle, "hgru", 0)
-    }
+    shown = {run: line for run, line in lines.items() if _of_middle_task(line)}
     figure = _through_training({run: COLOURS[line["method"]] for run, line in shown.items()}, lines)
     _legend(figure, {METHODS[line["method"]]: COLOURS[line["method"]] for line in shown.values()})
     return figure
@@ -225,6 +224,11 @@ def late(lines: Mapping[Path, Line]) -> Figure:
     found = {line["variant"] for line in shown.values()}
     _legend(figure, {LATE[name]: colours[name] for name in LATE if name in found})
     return figure
+
+
+def _of_middle_task(line: Line) -> bool:
+    middle = TASKS[len(TASKS) // 2]
+    return (line["task"], line["cell"], line["variant"], line["seed"]) == (middle, "hgru", "", 0)
 
 
 def _through_training(colours: Mapping[Path, str], lines: Mapping[Path, Line]) -> Figure:
