@@ -65,6 +65,7 @@ class Scale:
     filter_scale: float
     terms: int
     weight: float
+    solver: str = "Neumann"
     trainer: dict[str, Any]
     task: dict[str, Any]
     data: dict[str, Any]
@@ -121,7 +122,7 @@ def gradient(scale: Scale, method: str) -> dict[str, Any]:
     """How the run is differentiated."""
     if method in ("rbp", "crbp"):
         # Where the series grows its best partial sum is taken, and counted in the log; it does not end in silence.
-        return thing("RBP", solver=thing("Neumann", terms=scale.terms), on_divergence="fallback")
+        return thing("RBP", solver=thing(scale.solver, terms=scale.terms), on_divergence="fallback")
     return thing("TruncatedBPTT", window=3) if method == "truncated" else thing("BPTT")
 
 
@@ -223,6 +224,10 @@ def small_rows() -> Iterator[tuple[str, str, dict[str, Any]]]:
             what = f"48×48 images, 5 dashes, hGRU, {METHODS[method]}, {steps} steps, {size}×{size} kernels"
             run = recurrent(small(5, steps), "small5", "hgru", method, steps, size)
             yield f"small5_hgru_{method}_k{size}", what, run
+    steps = SMALL_STEPS[5]
+    gmres = replace(small(5, steps), solver="GMRES")
+    what = f"48×48 images, 5 dashes, hGRU, C-RBP solved by GMRES, {steps} steps"
+    yield "small5_hgru_crbp_gmres", what, recurrent(gmres, "small5", "hgru", "crbp", steps, 7)
     yield from long_rows()
 
 
