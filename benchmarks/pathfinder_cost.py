@@ -22,7 +22,8 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import yaml
-from pathfinder import CONFIGS, rows
+from _rows import rows
+from pathfinder import CONFIGS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -159,7 +160,7 @@ def main() -> None:
     else:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(",".join(COLUMNS) + "\n")
-    for name in dict.fromkeys(name for pattern in options.patterns for name in rows(pattern)):
+    for name in dict.fromkeys(name for pattern in options.patterns for name in rows(CONFIGS, pattern)):
         if name in known:
             continue
         with warnings.catch_warnings():

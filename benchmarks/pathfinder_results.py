@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pathfinder
 import torch
 import yaml
+from _rows import ROOT, add_rows, label, wanted
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from pathfinder import ROOT, TASKS, label
+from pathfinder import CONFIGS, TASKS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from crbp import DivergenceWarning
@@ -266,10 +266,10 @@ def _legend(figure: Figure, colours: Mapping[str, str]) -> None:
 def main() -> None:
     """Set the table of the rows asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    pathfinder.add_rows(parser)
+    add_rows(parser)
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "pathfinder")
     options = parser.parse_args()
-    runs = (options.runs.resolve() / label(*row) / "version_0" for row in pathfinder.wanted(options))
+    runs = (options.runs.resolve() / label(*row) / "version_0" for row in wanted(CONFIGS, options))
     write([run for run in runs if (run / "config.yaml").exists()], options.out)
 
 

@@ -39,7 +39,6 @@ def test_a_row_is_measured_once(script: Any, tmp_path: Path, monkeypatch: pytest
     content = yaml.safe_load((script.CONFIGS / "mini_hgru_crbp.yaml").read_text())
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(content))
     monkeypatch.setattr(script, "CONFIGS", tmp_path)
-    monkeypatch.setattr(script, "rows", lambda pattern: [pattern])
     arguments = ["pathfinder_cost.py", "tiny", "--out", str(tmp_path / "cost.csv"), "--threads", "1"]
     monkeypatch.setattr("sys.argv", arguments)
     script.main()

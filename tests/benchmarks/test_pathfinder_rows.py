@@ -24,26 +24,31 @@ def results(load_script: Callable[[str], ModuleType]) -> Any:
     return load_script("benchmarks/pathfinder_results.py")
 
 
-def test_an_unknown_row_is_named(script: Any) -> None:
-    assert "small5_hgru_crbp" in script.rows("small5_*")
+@pytest.fixture
+def runner(load_script: Callable[[str], ModuleType]) -> Any:
+    return load_script("benchmarks/_rows.py")
+
+
+def test_an_unknown_row_is_named(script: Any, runner: Any) -> None:
+    assert "small5_hgru_crbp" in runner.rows(script.CONFIGS, "small5_*")
     with pytest.raises(SystemExit, match="no configuration is called nope"):
-        script.rows("nope")
+        runner.rows(script.CONFIGS, "nope")
 
 
 @pytest.mark.slow
 def test_a_row_is_trained_analysed_and_set_into_the_table(
-    script: Any, results: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    script: Any, runner: Any, results: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     content = yaml.safe_load((script.CONFIGS / "mini_hgru_crbp.yaml").read_text())
     content["trainer"] = {"max_epochs": 1, "limit_val_batches": 1}
     content["data"]["init_args"] |= {"train_size": 32, "batch_size": 16, "val_size": 16, "lead_in_size": 16}
-    (tmp_path / "tiny_hgru_crbp.yaml").write_text(yaml.safe_dump(content))
-    monkeypatch.setattr(script, "CONFIGS", tmp_path)
+    config = tmp_path / "tiny_hgru_crbp.yaml"
+    config.write_text(yaml.safe_dump(content))
     monkeypatch.setattr(script, "IMAGES", 8)
-    script.train("tiny_hgru_crbp", 3, tmp_path / "runs")
+    runner.train(config, 3, tmp_path / "runs", script.analyse)
     run = tmp_path / "runs" / "tiny_hgru_crbp_seed3" / "version_0"
     first = (run / "made.json").read_text()
-    script.train("tiny_hgru_crbp", 3, tmp_path / "runs")  # there is nothing left to do
+    runner.train(config, 3, tmp_path / "runs", script.analyse)  # there is nothing left to do
     assert (run / "made.json").read_text() == first
     unfinished = tmp_path / "runs" / "other" / "version_0"
     unfinished.mkdir(parents=True)
