@@ -1,0 +1,160 @@
+"""What the recurrence of the mask head costs: memory of training against its steps, and time beside Panoptic FPN.
+
+    python benchmarks/panoptic_cost.py --out results/panoptic/cost.json
+
+Untrained networks of one start; R-FPN shares all weights with Panoptic FPN but those of the mask head, so that both
+find the same boxes. Every box is kept, 100 of an image for ResNet-50: what masks cost is then at its highest. The
+networks take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import crbp
+from crbp.bench.measure import environment, in_turns, spread
+from crbp.data.panoptic import Shapes, collate
+from crbp.models import RFPN, PanopticFPN
+from crbp.models.panoptic import BackboneSettings, BoxSettings, MergeSettings, mini_settings
+from crbp.tasks import LipschitzPenalty
+
+COUNTS = (5, 20, 100)  # steps
+Batch = tuple[list[Tensor], list[dict[str, Any]]]
+
+
+def contracting(steps: int) -> dict[str, Any]:
+    """What an R-FPN trained by C-RBP is made with."""
+    penalty = LipschitzPenalty(weight=0.001, bound=0.95, reduction="sum_square")
+    return {"evolve": crbp.Evolve(steps=steps, gradient=crbp.RBP(on_divergence="fallback")), "penalty": penalty}
+
+
+def small() -> dict[str, Any]:
+    """Settings of the small models that keep every box."""
+    settings = mini_settings(192)
+    return settings | {"boxes": replace(settings["boxes"], score=0.0), "things": 10, "stuff": 6}
+
+
+def recurrent(settings: dict[str, Any], shared: PanopticFPN, **recurrence: Any) -> RFPN:
+    """An R-FPN that has the weights of a Panoptic FPN outside its mask head."""
+    torch.manual_seed(1)
+    net = RFPN(**settings, **recurrence)
+    own = net.state_dict()
+    net.load_state_dict(own | {name: value for name, value in shared.state_dict().items() if name in own})
+    return net
+
+
+def saved(net: PanopticFPN, batch: Batch) -> int:
+    """Bytes that autograd saves in a training step."""
+    net.train()
+    torch.manual_seed(0)  # proposals are drawn
+    with crbp.activation_memory(exclude=[*net.parameters(), *batch[0]]) as memory:
+        torch.stack(list(net(*batch).values())).sum().backward()
+    net.zero_grad()
+    return memory.bytes
+
+
+def training_step(net: PanopticFPN, batch: Batch) -> Callable[[], None]:
+    """Losses and gradients of a batch."""
+
+    def step() -> None:
+        net.train()
+        torch.manual_seed(0)
+        torch.stack(list(net(*batch).values())).sum().backward()
+        net.zero_grad()
+
+    return step
+
+
+def inference(net: PanopticFPN, images: list[Tensor]) -> Callable[[], Any]:
+    """What a network sees in images."""
+    net.eval()
+    return lambda: net(images)
+
+
+def memory(batch: Batch) -> dict[str, Any]:
+    """Bytes saved in training of each method, by number of steps."""
+    settings = small()
+    torch.manual_seed(0)
+    fpn = PanopticFPN(**settings)
+    methods: dict[str, Callable[[int], dict[str, Any]]] = {
+        "C-RBP": contracting,
+        "BPTT": lambda steps: {"evolve": crbp.Evolve(steps=steps, gradient=crbp.BPTT())},
+    }
+    found = {
+        name: {steps: saved(recurrent(settings, fpn, **made(steps)), batch) for steps in COUNTS}
+        for name, made in methods.items()
+    }
+    return {"Panoptic FPN": saved(fpn, batch)} | found
+
+
+def times(batch: Batch, repeats: int) -> dict[str, Any]:
+    """Seconds of the small models, in training and in inference."""
+    settings = small()
+    torch.manual_seed(0)
+    fpn = PanopticFPN(**settings)
+    nets = {"Panoptic FPN": fpn, "R-FPN, N = 20": recurrent(settings, fpn, **contracting(20))}
+    return {
+        "training": compared({name: training_step(net, batch) for name, net in nets.items()}, repeats),
+        "inference": compared({name: inference(net, batch[0][:1]) for name, net in nets.items()}, repeats),
+    }
+
+
+def full_size(repeats: int) -> dict[str, Any]:
+    """Seconds of ResNet-50 networks for COCO on one image of 800×1088, by number of instances."""
+    image = torch.randint(256, (3, 800, 1088), generator=torch.Generator().manual_seed(0)).float()
+    found: dict[str, Any] = {}
+    for instances in (10, 100):
+        settings: dict[str, Any] = {
+            "backbone": BackboneSettings(norm="group"),
+            "boxes": BoxSettings(score=0.0, detections=instances),
+            "merge": MergeSettings(score=1.0),
+        }
+        torch.manual_seed(0)
+        fpn = PanopticFPN(**settings)
+        nets = {"Panoptic FPN": fpn, "R-FPN, N = 20": recurrent(settings, fpn, **contracting(20))}
+        found[f"{instances} instances"] = compared({k: inference(net, [image]) for k, net in nets.items()}, repeats)
+    return found
+
+
+def compared(jobs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, Any]:
+    """Seconds of each job, and the second over the first in every turn."""
+    for job in jobs.values():
+        job()
+    seconds = in_turns(jobs, repeats)
+    first, second = seconds.values()
+    ratio = [b / a for a, b in zip(first, second, strict=True)]
+    return {name: spread(values) for name, values in seconds.items()} | {"ratio": spread(ratio)}
+
+
+def main() -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5, help="turns of the timings")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", type=Path, default=Path("panoptic_cost.json"))
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    shapes = Shapes(192)
+    images, targets = collate([shapes[index] for index in range(2)])
+    batch = (images, list(targets))
+    found = {
+        "memory": memory(batch),
+        "small": times(batch, options.repeats),
+        "full_size": full_size(max(options.repeats // 2, 1)),
+        "environment": environment(),
+    }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(found, indent=2) + "\n")
+    print(json.dumps(found, indent=2))
+
+
+if __name__ == "__main__":
+    main()
