@@ -98,8 +98,10 @@ def test_settings_of_the_paper() -> None:
         if "penalty" in task:
             assert task["penalty"]["init_args"] == {"weight": 10.0, "bound": 0.9, "reduction": "mean_square"}
             n = net["evolve"]["steps"]
-            settling = (task["penalty_ramp"], task["residual_weight"], task["step_jitter"])
-            assert settling == ((0.8, 10.0, 2 * n) if cured else (0.0, 0.0, 0))
+            settling = tuple(
+                task[name] for name in ("penalty_ramp", "residual_weight", "spectral_weight", "step_jitter")
+            )
+            assert settling == ((0.8, 1.0, 1.0, 2 * n) if cured else (0.0, 0.0, 0.0, 0))
     assert [steps[f"pf{length}_hgru_crbp"] for length in (9, 14, 20, 25)] == [20, 20, 30, 80]
     assert [steps[f"pf{length}_hgru_rbp"] for length in (9, 14, 20, 25)] == [20, 20, 20, 50]
     assert [steps[f"pf14_hgru_crbp_k{size}"] for size in (3, 5, 9)] == [300, 100, 30]

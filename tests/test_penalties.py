@@ -20,6 +20,7 @@ from crbp import (
     jacobian_frobenius_penalty,
     lipschitz_penalty,
     residual_penalty,
+    spectral_penalty,
 )
 
 METHODS = {
@@ -42,7 +43,12 @@ each_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
 
 
 def _explicit_columns(problem: Problem, state, *, attached: bool = False) -> Tensor:
-    """Column sums of the Jacobian at a state, row by row of the definition; differentiable."""
+    """Column sums of the Jacobian at a state; differentiable."""
+    return _explicit_jacobian(problem, state, attached=attached).sum(0)
+
+
+def _explicit_jacobian(problem: Problem, state, *, attached: bool = False) -> Tensor:
+    """The Jacobian at a state, row by row of the definition; differentiable."""
     # A view of its own for each leaf: the hidden half of an LSTM's state is made of the other.
     state = tree_map(lambda leaf: leaf.view_as(leaf) if attached else leaf.detach(), state)
     leaves = [leaf if leaf.requires_grad else leaf.requires_grad_() for leaf in tree_leaves(state)]
@@ -51,7 +57,7 @@ def _explicit_columns(problem: Problem, state, *, attached: bool = False) -> Ten
         torch.autograd.grad(out, leaves, create_graph=True, materialize_grads=True, retain_graph=True)
         for out in outputs
     ]
-    return sum(torch.cat([part.flatten() for part in row]) for row in rows)
+    return torch.stack([torch.cat([part.flatten() for part in row]) for row in rows])
 
 
 def _bound(columns: Tensor) -> float:
@@ -348,3 +354,68 @@ def test_residual_penalty_settles_an_oscillation_that_column_sums_do_not_see() -
         optimiser.step()
     assert 0 < 1.5 * gain.item() < 1
     assert run.report.residual < first / 10
+
+
+def _explicit_growth(problem: Problem, before, *, bound: float, iterations: int) -> Tensor:
+    """The spectral penalty from the dense Jacobian of every sample; differentiable."""
+    dense = _explicit_jacobian(problem, before)
+    samples = tree_leaves(before)[0].shape[0]
+    owner = torch.cat([torch.arange(samples).repeat_interleave(leaf[0].numel()) for leaf in tree_leaves(before)])
+    vector = (flat(problem.step(before)) - flat(before)).detach()
+
+    def unit(vector: Tensor) -> Tensor:
+        lengths = torch.stack([vector[owner == sample].norm() for sample in range(samples)])
+        return vector / lengths[owner]
+
+    vector = unit(vector)
+    for _ in range(iterations):
+        vector = unit((vector @ dense).detach())
+    grown = vector @ dense
+    lengths = torch.stack([grown[owner == sample].square().sum().sqrt() for sample in range(samples)])
+    return (lengths - bound).relu().square().mean()
+
+
+@pytest.mark.parametrize("build", [conv_tanh, hgru, convgru, PROBLEMS["convlstm"]])
+@pytest.mark.parametrize("iterations", [0, 2])
+def test_spectral_penalty_and_its_gradient_are_those_of_the_dense_jacobian(build, iterations):
+    problem = build()
+    wanted = _explicit_growth(problem, problem.state_after(4), bound=0.0, iterations=iterations)
+    gradients = problem.grads(wanted)
+    for method in (RBP(), OneStep()):
+        got = spectral_penalty(problem.run(method, steps=5), bound=0.0, iterations=iterations)
+        assert got.item() == pytest.approx(wanted.item(), rel=1e-10)
+        assert_same(problem.grads(got), gradients, 1e-9)
+
+
+def test_spectral_penalty_is_of_each_sample_alone() -> None:
+    weight = torch.tensor([0.5, 1.2, 0.8, 2.0], dtype=torch.float64)[:, None].expand(4, 3)
+    start = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    run = crbp.Evolve(steps=3, gradient=OneStep())(lambda h: weight * h, start)
+    excess = (weight[:, 0] - 0.9).relu()
+    torch.testing.assert_close(spectral_penalty(run), excess.square().mean())
+    torch.testing.assert_close(spectral_penalty(run, bound=0.0), weight[:, 0].square().mean())
+
+
+def test_spectral_penalty_finds_a_mode_of_few_units_that_column_sums_cancel() -> None:
+    """One pair of a thousand units feeds on each other's opposite; a random vector hardly has it."""
+    dense = 0.5 * torch.eye(1000, dtype=torch.float64)
+    dense[:2, :2] = torch.tensor([[-0.75, 0.75], [0.75, -0.75]])
+    start = torch.randn(1, 1000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    run = crbp.Evolve(steps=10, gradient=RBP(), on_divergence="warn")(lambda h: h @ dense, start)
+    assert lipschitz_penalty(run).item() == 0
+    assert spectral_penalty(run).item() == pytest.approx((1.5 - 0.9) ** 2, rel=1e-3)
+
+
+def test_spectral_penalty_vanishes_where_nothing_moves() -> None:
+    weight = torch.ones((), dtype=torch.float64, requires_grad=True)
+    run = crbp.Evolve(steps=2, gradient=RBP())(lambda h: weight * h, torch.ones(3, 2, dtype=torch.float64))
+    penalty = spectral_penalty(run)
+    assert penalty.item() == 0
+    assert torch.autograd.grad(penalty, weight)[0].item() == 0
+
+
+def test_a_state_without_samples_is_refused() -> None:
+    state = (torch.ones(2, 3), torch.ones(3, 2))
+    run = crbp.Evolve(steps=2, gradient=RBP())(lambda h: (h[0] / 2, h[1] / 2), state)
+    with pytest.raises(crbp.StateError, match=r"\(2, 3\), \(3, 2\)"):
+        spectral_penalty(run)

@@ -5,7 +5,7 @@ from crbp.diagnostics import activation_memory, residual_curve, spectral_radius
 from crbp.errors import CrbpError, DivergenceError, DivergenceWarning, SettingsError, StateError
 from crbp.evolve import Evolve, Report, Run
 from crbp.gradients import BPTT, RBP, CheckpointedBPTT, GradientMethod, OneStep, Phantom, TruncatedBPTT
-from crbp.penalties import jacobian_frobenius_penalty, lipschitz_penalty, residual_penalty
+from crbp.penalties import jacobian_frobenius_penalty, lipschitz_penalty, residual_penalty, spectral_penalty
 from crbp.solvers import GMRES, Anderson, Neumann, Solver, StopReason
 
 __version__ = "0.1.0"
@@ -38,5 +38,6 @@ __all__ = [
     "ops",
     "residual_curve",
     "residual_penalty",
+    "spectral_penalty",
     "spectral_radius",
 ]

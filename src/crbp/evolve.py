@@ -6,7 +6,6 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -65,7 +64,7 @@ class Run:
         """The leaves at which one step is linearised, and the map ``v ↦ Jᵀ v`` there.
 
         The last step, on the graph that the run has built where there is one; or the step from the final state on
-        (``at_end``), of which no gradient is recorded.
+        (``at_end``), of which no gradient is recorded. Products taken under ``torch.no_grad`` record none either.
         """
         start = flatten_state(self.state)[0] if at_end else self._previous
         if torch.is_inference_mode_enabled():
@@ -80,7 +79,11 @@ class Run:
             start = tuple(leaf if live and leaf.requires_grad else leaf.detach().requires_grad_() for leaf in start)
             with torch.enable_grad():
                 outputs = self._step(start)
-        return start, partial(vector_jacobian, outputs, start, create_graph=live)
+
+        def product(vector: Leaves) -> Leaves:
+            return vector_jacobian(outputs, start, vector, create_graph=live and torch.is_grad_enabled())
+
+        return start, product
 
 
 @dataclass(frozen=True, kw_only=True)

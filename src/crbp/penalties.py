@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from crbp._checks import choice, count, share
+from crbp._tree import Leaves
+from crbp.errors import StateError
 from crbp.evolve import Run
 
 Reduction = Literal["norm", "mean_square", "sum_square"]
@@ -74,6 +76,60 @@ def residual_penalty(run: Run) -> Tensor:
     # A state that has just become zero moved by all it was.
     scale = torch.where(scale > 0, scale, moved.detach())
     return moved / torch.where(scale > 0, scale, 1.0)
+
+
+def spectral_penalty(run: Run, *, bound: float = 0.9, iterations: int = 2) -> Tensor:
+    """Growth of what still moves in the last step of a run, beyond a bound: a spectral estimate, sample by sample.
+
+    ``mean_b ((‖Jᵀ v_b‖ − λ)⁺)²`` with ``J = ∂f/∂h`` at ``h_{N−1}``, λ the ``bound`` and ``v_b`` the unit vector that
+    ``iterations`` steps of power iteration, ``v ← Jᵀ v / ‖Jᵀ v‖``, reach from the move of the last step,
+    ``h_N − h_{N−1}``, of sample b. N steps of the run have already turned that towards what contracts least, so that
+    a mode of few units, which neither column sums nor random vectors show, is found. Under `BPTT` its gradient flows
+    through all steps, under `RBP` through the last one; ``v`` is held fixed.
+
+    Args:
+        run: what `crbp.Evolve` returned, before its graph is freed by ``backward()``. The first dimension of its state
+            is that of the samples.
+        bound: λ in [0, 1), the growth that costs nothing.
+        iterations: of the power iteration, one vector-Jacobian product each; one more is for the penalty.
+
+    Returns:
+        A scalar; zero where nothing moves.
+
+    Raises:
+        ValueError: for values out of range.
+        StateError: if the tensors of the state have no first dimension in common.
+
+    Source: docs/stability.md; of one Jacobian's spectral radius, `crbp.spectral_radius`.
+    """
+    share("bound", bound)
+    count("iterations", iterations, at_least=0)
+    _, vjp = run.linearized()
+    before, after = run.last_step()
+    shapes = [tuple(leaf.shape) for leaf in after]
+    if len({shape[:1] for shape in shapes}) != 1 or not shapes[0]:
+        raise StateError(f"the tensors of the state need one first dimension, that of the samples, not shapes {shapes}")
+    with torch.no_grad():
+        vector = _unit(tuple(new - old for old, new in zip(before, after, strict=True)))
+        for _ in range(iterations):
+            vector = _unit(vjp(vector))
+    return (_lengths(vjp(vector)) - bound).relu().square().mean()
+
+
+def _lengths(leaves: Leaves) -> Tensor:
+    """Euclidean norm of each sample over all leaves, ``(B,)``."""
+    wide = [leaf.to(torch.promote_types(leaf.dtype, torch.float32)) for leaf in leaves]
+    # Of norms and not the root of a sum, whose derivative at zero is not finite.
+    each = [torch.linalg.vector_norm(leaf.reshape(len(leaf), -1), dim=1) for leaf in wide]
+    norms: Tensor = torch.linalg.vector_norm(torch.stack(each), dim=0)
+    return norms
+
+
+def _unit(leaves: Leaves) -> Leaves:
+    """Every sample divided by its norm over all leaves; one of zeros stays."""
+    lengths = _lengths(leaves)
+    lengths = torch.where(lengths > 0, lengths, 1.0)
+    return tuple(leaf / lengths.view(-1, *[1] * (leaf.ndim - 1)).to(leaf.dtype) for leaf in leaves)
 
 
 def jacobian_frobenius_penalty(run: Run, *, samples: int = 1, generator: torch.Generator | None = None) -> Tensor:

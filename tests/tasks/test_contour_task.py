@@ -39,15 +39,16 @@ def test_everything_is_logged(tmp_path: Path) -> None:
     fit = trainer(tmp_path, callbacks=[spy])
     fit.fit(task, tiny_data())
     logged = {name: float(value) for name, value in fit.callback_metrics.items()}
-    of_run = {"loss", "focal", "penalty", "residual", "backward_terms", "backward_residual"}
+    of_run = {"loss", "focal", "penalty", "spectral_penalty", "residual", "backward_terms", "backward_residual"}
     assert {f"train/{name}" for name in of_run | {"backward_failed", "backward_fell_back"}} <= set(logged)
     quality = {"f1", "iou", "precision", "recall", "balanced_accuracy", "loss", "residual", "penalty"}
     assert {f"val/{name}" for name in quality | {"spectral_radius", "spectral_radius_converged"}} <= set(logged)
     assert logged["train/backward_terms"] == 3
     for step in spy.steps:
         ramp = step["train/penalty_weight"] / task.penalty.weight  # type: ignore[union-attr]
-        settling = ramp * task.residual_weight * step["train/residual"] ** 2
-        total = step["train/focal"] + step["train/penalty_weight"] * step["train/penalty"] + settling
+        settling = task.residual_weight * step["train/residual"] ** 2
+        settling += task.spectral_weight * step["train/spectral_penalty"]
+        total = step["train/focal"] + step["train/penalty_weight"] * step["train/penalty"] + ramp * settling
         assert step["train/loss"] == pytest.approx(total)
 
 

@@ -56,12 +56,16 @@ def test_jitter_reaches_further_beyond_n_as_training_goes_on(tmp_path: Path) -> 
 
 
 def test_a_penalty_brings_what_keeps_it_effective() -> None:
+    names = ("penalty_ramp", "residual_weight", "spectral_weight", "step_jitter")
+
+    def settings(task: ContourTask) -> tuple[float, ...]:
+        return tuple(getattr(task, name) for name in names)
+
     cured = tiny_task()
-    assert (cured.penalty_ramp, cured.residual_weight, cured.step_jitter, cured.schedule) == (0.8, 10.0, 8, "cosine")
-    bare = tiny_task(penalty_ramp=0.0, residual_weight=0.0, step_jitter=0)
-    assert (bare.penalty_ramp, bare.residual_weight, bare.step_jitter) == (0.0, 0.0, 0)
-    without = tiny_task(penalty=None)
-    assert (without.penalty_ramp, without.residual_weight, without.step_jitter) == (0.0, 0.0, 0)
+    assert settings(cured) == (0.8, 1.0, 1.0, 8)
+    assert cured.schedule == "cosine"
+    assert settings(tiny_task(**dict.fromkeys(names, 0))) == (0, 0, 0, 0)
+    assert settings(tiny_task(penalty=None)) == (0, 0, 0, 0)
 
 
 def test_beta2_reaches_the_optimiser(tmp_path: Path) -> None:

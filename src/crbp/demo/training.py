@@ -88,7 +88,8 @@ def crbp_model(recipe: Recipe, progress: Progress, seed: int) -> Outcome:
         seed,
         penalty=recipe.penalty,
         penalty_ramp=recipe.penalty_ramp,
-        residual_weight=0.0,  # its state settles without
+        residual_weight=0.0,  # its state settles without these two
+        spectral_weight=0.0,
         step_jitter=recipe.step_jitter,
         warmup=WARMUP,
     )

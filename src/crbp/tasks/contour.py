@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -31,15 +32,16 @@ RAMP = 0.8  # share of the training over which a penalty's weight rises
 class ContourTask(ResumableModule):
     """Train a network to say of each pixel whether it lies on the marked contour.
 
-    ``loss = focal + ramp · (weight · penalty + residual_weight · residual²)``, minimised by Adam. A batch is
+    ``loss = focal + ramp · (weight · penalty + residual_weight · residual² + spectral_weight · spectral)``,
+    minimised by Adam. A batch is
     ``{"image": (B, 1, H, W) in [0, 1], "mask": (B, H, W) of bool}``. The learning rate rises linearly from 0 over the
     first ``warmup · T`` of all ``T`` optimiser steps and then stays or follows ``½ (1 + cos(π t / T))``.
 
-    Logged in training, under ``train/``: ``loss``, ``focal``, ``penalty``, ``residual`` of the last step; of the
-    backward solve ``backward_terms``, ``backward_residual``, and, counted over an epoch, ``backward_failed`` (diverged
-    or not finite) and ``backward_fell_back``. In validation and test: ``loss``, the numbers of
-    `crbp.metrics.contour_metrics` over all pixels of all processes, ``residual``, ``penalty``, and of the first batch
-    ``spectral_radius``, with ``spectral_radius_converged`` 0 where that estimate is not to be trusted.
+    Logged in training, under ``train/``: ``loss``, ``focal``, ``penalty``, ``spectral_penalty``, ``residual`` of the
+    last step; of the backward solve ``backward_terms``, ``backward_residual``, and, counted over an epoch,
+    ``backward_failed`` (diverged or not finite) and ``backward_fell_back``. In validation and test: ``loss``, the
+    numbers of `crbp.metrics.contour_metrics` over all pixels of all processes, ``residual``, ``penalty``, and of the
+    first batch ``spectral_radius``, with ``spectral_radius_converged`` 0 where that estimate is not to be trusted.
 
     Args:
         net: maps images to a `crbp.models.Prediction`; a recurrent one has its `crbp.Evolve` as the attribute
@@ -48,8 +50,10 @@ class ContourTask(ResumableModule):
         penalty_ramp: share of all optimiser steps, in [0, 1), over which the weights of penalty and residual rise
             geometrically from a hundredth of themselves; 0 for their full weight throughout. A strong penalty from the
             start slows learning. None for 0.8 where there is a penalty.
-        residual_weight: of `crbp.residual_penalty` in the loss; 0 for none, None for 10 where there is a penalty, which
+        residual_weight: of `crbp.residual_penalty` in the loss; 0 for none, None for 1 where there is a penalty, which
             by itself can be small while the state keeps moving.
+        spectral_weight: of `crbp.spectral_penalty` in the loss; 0 for none, None for 1 where there is a penalty, which
+            by itself can be small while the dynamics do not contract.
         step_jitter: train each batch with up to so many steps more than ``N``, drawn anew from ``U(0, j t / T)`` at
             optimiser step ``t`` of ``T``: the state is then asked to stay right once it is, and settles. 0 for none;
             None for ``2N`` where there is a penalty, without which dynamics do not settle in late training; with
@@ -78,6 +82,7 @@ class ContourTask(ResumableModule):
         penalty: Penalty | None = None,
         penalty_ramp: float | None = None,
         residual_weight: float | None = None,
+        spectral_weight: float | None = None,
         step_jitter: int | None = None,
         supervision: Supervision = "last",
         gamma: float = 2.0,
@@ -96,27 +101,38 @@ class ContourTask(ResumableModule):
         non_negative("weight_decay", weight_decay)
         share("warmup", warmup)
         share("beta2", beta2)
-        _check_net(net, penalty, supervision, predict_steps, step_jitter, residual_weight)
+        asked = {
+            "a penalty": penalty is not None,
+            "supervision='all'": supervision == "all",
+            "predict_steps": predict_steps,
+            "step_jitter": bool(step_jitter),
+            "residual_weight": bool(residual_weight),
+            "spectral_weight": bool(spectral_weight),
+        }
+        _check_net(net, [name for name, wanted in asked.items() if wanted])
         self.net = net
         given = penalty is not None
         ramp = (RAMP if given else 0.0) if penalty_ramp is None else penalty_ramp
         jitter = (2 * self._evolve().steps if given else 0) if step_jitter is None else step_jitter
-        settle = 10.0 * given if residual_weight is None else residual_weight
+        settle = float(given) if residual_weight is None else residual_weight
+        contract = float(given) if spectral_weight is None else spectral_weight
         share("penalty_ramp", ramp)
         non_negative("residual_weight", settle)
+        non_negative("spectral_weight", contract)
         count("step_jitter", jitter, at_least=0)
         if jitter and "steps" not in inspect.signature(net.forward).parameters:
             raise ValueError(
                 f"step_jitter={jitter} needs a network that is told its number of steps: give "
                 f"{type(net).__name__}.forward an argument `steps`, or set step_jitter=0"
             )
-        if ramp and not (given or settle):
+        if ramp and not (given or settle or contract):
             raise ValueError(f"penalty_ramp={ramp!r} has no penalty to raise; give one or leave the ramp at 0")
         if not (math.isfinite(learning_rate) and learning_rate > 0):
             raise ValueError(f"learning_rate must be finite and above 0, not {learning_rate!r}")
         # Only numbers and words: a checkpoint then holds no pickled object and loads with weights_only=True.
         self.save_hyperparameters(ignore=["net", "penalty"])
-        self.penalty, self.penalty_ramp, self.residual_weight, self.step_jitter = penalty, ramp, settle, jitter
+        self.penalty, self.penalty_ramp, self.step_jitter = penalty, ramp, jitter
+        self.residual_weight, self.spectral_weight = settle, contract
         self.supervision, self.gamma = supervision, gamma
         self.learning_rate, self.weight_decay, self.beta2 = learning_rate, weight_decay, beta2
         self.schedule, self.warmup = schedule, warmup
@@ -145,6 +161,10 @@ class ContourTask(ResumableModule):
         if self.residual_weight:
             assert prediction.run is not None
             loss = loss + self.residual_weight * self._ramp() * crbp.residual_penalty(prediction.run)
+        if self.spectral_weight:
+            assert prediction.run is not None
+            values["train/spectral_penalty"] = growth = crbp.spectral_penalty(prediction.run)
+            loss = loss + self.spectral_weight * self._ramp() * growth
         if prediction.run is not None:
             self._report = prediction.run.report
             self.log("train/residual", self._report.residual)
@@ -276,31 +296,17 @@ def _is_recurrent(net: nn.Module) -> bool:
     return isinstance(getattr(net, "evolve", None), crbp.Evolve)
 
 
-def _check_net(
-    net: nn.Module,
-    penalty: Penalty | None,
-    supervision: Supervision,
-    predict_steps: bool,
-    step_jitter: int | None,
-    residual_weight: float | None,
-) -> None:
+def _check_net(net: nn.Module, asked: Sequence[str]) -> None:
     """Raise where the network cannot do what is asked of it."""
     if not _is_recurrent(net):
-        asked = [("a penalty", penalty is not None), ("supervision='all'", supervision == "all")]
-        asked += [
-            ("predict_steps", predict_steps),
-            ("step_jitter", bool(step_jitter)),
-            ("residual_weight", bool(residual_weight)),
-        ]
-        for name, needed in asked:
-            if needed:
-                raise ValueError(
-                    f"{name} needs a recurrent network, whose attribute `evolve` is a crbp.Evolve; "
-                    f"{type(net).__name__} has none"
-                )
+        if asked:
+            raise ValueError(
+                f"{asked[0]} needs a recurrent network, whose attribute `evolve` is a crbp.Evolve; "
+                f"{type(net).__name__} has none"
+            )
         return
     evolve: crbp.Evolve = net.evolve  # type: ignore[assignment]
-    if supervision == "all" and not isinstance(evolve.gradient, crbp.BPTT):
+    if "supervision='all'" in asked and not isinstance(evolve.gradient, crbp.BPTT):
         raise ValueError(
             "supervision='all' needs a gradient method that keeps the graph of every step: crbp.BPTT(), not "
             f"{evolve.gradient!r}"
