@@ -216,8 +216,8 @@ class PanopticTask(ResumableModule):
         self._log_epoch("test")
 
     def predict_step(self, batch: PanopticBatch, batch_idx: int) -> list[PanopticResult]:
-        """What is seen in each image."""
-        return self._results(batch)
+        """What is seen in each image: the panoptic map and the instances in it."""
+        return self._results(batch, merged_only=True)
 
     def prediction_writer(self, folder: str) -> pl.Callback:
         """What ``crbp predict`` writes the results with."""
@@ -259,21 +259,25 @@ class PanopticTask(ResumableModule):
     def _report(self) -> crbp.Report | None:
         return self.net.report if isinstance(self.net, RFPN) else None
 
-    def _results(self, batch: PanopticBatch) -> list[PanopticResult]:
-        sizes = [target["size"] for target in batch.targets]
-        if self.steps is None or not isinstance(self.net, RFPN):
-            return self.net(batch.images, sizes=sizes)  # type: ignore[no-any-return]
-        kept, self.net.steps = self.net.steps, self.steps
+    def _results(self, batch: PanopticBatch, *, merged_only: bool) -> list[PanopticResult]:
+        wanted: dict[str, Any] = {"merged_only": merged_only} if isinstance(self.net, PanopticFPN) else {}
+        if self.steps is not None:
+            wanted["steps"] = self.steps
+        kept = {name: getattr(self.net, name) for name in wanted}
         try:
-            return self.net(batch.images, sizes=sizes)  # type: ignore[no-any-return]
+            for name, value in wanted.items():
+                setattr(self.net, name, value)
+            return self.net(batch.images, sizes=[target["size"] for target in batch.targets])  # type: ignore[no-any-return]
         finally:
-            self.net.steps = kept
+            for name, value in kept.items():
+                setattr(self.net, name, value)
 
     def _evaluate(self, batch: PanopticBatch) -> None:
         assert self.quality is not None  # made in setup
         assert self.categories is not None
         assert batch.truths is not None
-        for result, target, truth in zip(self._results(batch), batch.targets, batch.truths, strict=True):
+        results = self._results(batch, merged_only=self.precision is None)
+        for result, target, truth in zip(results, batch.targets, batch.truths, strict=True):
             segments = self.segments(result)
             self.quality.update(result.panoptic, segments, *truth)
             if self._writer is not None:

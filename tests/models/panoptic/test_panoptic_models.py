@@ -152,6 +152,22 @@ def test_nothing_may_be_found():
         assert not any(segment["isthing"] for segment in result.segments)
 
 
+@pytest.mark.parametrize("make", [_fpn, _rfpn], ids=["fpn", "rfpn"])
+def test_what_the_merge_leaves_out_needs_no_mask(make):
+    model = make().eval()
+    image = tiny_image()
+    scores = model([image])[0].scores
+    model.merge = replace(model.merge, score=float(scores.sort().values[-2]))
+    whole = model([image])[0]
+    model.merged_only = True
+    merged = model([image])[0]
+    assert (len(whole.scores), len(merged.scores)) == (len(scores), 2)
+    assert torch.equal(merged.panoptic, whole.panoptic)
+    assert [each | {"instance": 0, "score": 0} for each in merged.segments] == [
+        each | {"instance": 0, "score": 0} for each in whole.segments
+    ]
+
+
 def test_an_image_does_not_know_the_rest_of_its_batch():
     model = _rfpn().eval()
     images = [tiny_image(), tiny_image()]

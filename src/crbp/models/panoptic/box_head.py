@@ -148,12 +148,19 @@ class InstanceHeads(RoIHeads):
         }
 
     def detect(
-        self, features: dict[str, Tensor], proposals: list[Tensor], image_shapes: list[tuple[int, int]]
+        self,
+        features: dict[str, Tensor],
+        proposals: list[Tensor],
+        image_shapes: list[tuple[int, int]],
+        *,
+        at_least: float = 0.0,
     ) -> list[Detections]:
-        """What is found in each image."""
+        """What is found in each image, of the scores wanted. A detection is suppressed by better ones only."""
         hidden = self.box_head(self.box_roi_pool(features, proposals))
         logits, deltas = self.box_predictor(hidden)
-        boxes, scores, labels = self.postprocess_detections(logits, deltas, proposals, image_shapes)
+        found = self.postprocess_detections(logits, deltas, proposals, image_shapes)
+        wanted = [scores >= at_least for scores in found[1]]
+        boxes, scores, labels = ([v[rows] for v, rows in zip(each, wanted, strict=True)] for each in found)
         masks, steps = self._masks(features, boxes, torch.cat(labels))
         sizes = [len(box) for box in boxes]
         every_steps = [None] * len(boxes) if steps is None else torch.split(steps, sizes)
