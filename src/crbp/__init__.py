@@ -2,7 +2,7 @@
 
 from crbp import cells, ops
 from crbp.diagnostics import activation_memory, residual_curve, spectral_radius
-from crbp.errors import CrbpError, DivergenceError, DivergenceWarning, SettingsError, StateError
+from crbp.errors import CrbpError, DivergenceError, DivergenceWarning, SettingsError, StateError, StorageError
 from crbp.evolve import Evolve, Report, Run
 from crbp.gradients import BPTT, RBP, CheckpointedBPTT, GradientMethod, OneStep, Phantom, TruncatedBPTT
 from crbp.penalties import jacobian_frobenius_penalty, lipschitz_penalty, residual_penalty
@@ -30,6 +30,7 @@ __all__ = [
     "Solver",
     "StateError",
     "StopReason",
+    "StorageError",
     "TruncatedBPTT",
     "activation_memory",
     "cells",

@@ -8,6 +8,7 @@ _NEEDED = ("lightning", "jsonargparse", "torchmetrics", "safetensors", "PIL")
 if _missing := [name for name in _NEEDED if find_spec(name) is None]:
     raise ImportError(f"crbp.tasks needs {', '.join(_missing)}, not installed here; run: pip install 'crbp[train]'")
 
+from crbp.tasks._resume import WholeCheckpoints  # noqa: E402
 from crbp.tasks.contour import ContourTask  # noqa: E402
 from crbp.tasks.data import ContourData, ContourSource, Folders, Generated, Stages  # noqa: E402
 from crbp.tasks.penalties import FrobeniusPenalty, LipschitzPenalty, Penalty  # noqa: E402
@@ -59,6 +60,7 @@ __all__ = [
     "SafetensorsExport",
     "Stages",
     "WeightsError",
+    "WholeCheckpoints",
     "load_net",
     "load_trained",
     "save_net",

@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
+
+from crbp._files import write_whole
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Writes a checkpoint beside its place and moves it there, so that a kill or a full disk leaves the last one whole.
+
+    A plugin of the trainer. Lightning's own writes it in the system's folder of temporary files, from which it is
+    copied into place where that is another file system.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None) -> None:
+        """Write a checkpoint to the local file ``path``.
+
+        Raises:
+            StorageError: if it cannot be written.
+        """
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
+        write_whole(Path(path), content.getbuffer())
 
 
 class LastCheckpoint(Checkpoint):

@@ -12,14 +12,17 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_only
 
+from crbp._files import write_whole
 from crbp.data.pathfinder import DataError, GenerationError
 from crbp.errors import CrbpError
 from crbp.tasks._messages import one_line
-from crbp.tasks._resume import LastCheckpoint
+from crbp.tasks._resume import LastCheckpoint, WholeCheckpoints
 from crbp.tasks.predictions import PredictionWriter
 from crbp.tasks.weights import Origin, SafetensorsExport, read_state
 
@@ -70,8 +73,8 @@ class _SaveConfig(SaveConfigCallback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         folder = trainer.log_dir  # agreed on by all processes, so asked for by all of them
         if trainer.loggers and folder is not None and trainer.is_global_zero:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            self.parser.save(self.config, Path(folder) / self.config_filename, skip_unset=False, overwrite=True)
+            content = self.parser.dump(self.config, skip_unset=False)
+            write_whole(Path(folder) / self.config_filename, content.encode())
 
 
 class _CommandLine(LightningCLI):
@@ -126,6 +129,7 @@ class _CommandLine(LightningCLI):
             run = Path(self._settings.get("ckpt_path") or "").absolute().parent.parent
             if self.subcommand == "fit" and run.parent == Path(logger.save_dir, logger.name).absolute():
                 logger.version = run.name
+                _keep_metrics(run)
         _set_threads()
 
     def instantiate_classes(self) -> None:
@@ -145,10 +149,14 @@ class _CommandLine(LightningCLI):
             self._weights = None
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """The trainer, with the callbacks that its settings leave room for."""
+        """The trainer, with the callbacks and the plugin for checkpoints that its settings leave room for."""
         given = self._get(self.config_init, "trainer").callbacks or []
         given = given if isinstance(given, list) else [given]
-        return super().instantiate_trainer(callbacks=[*given, *self._callbacks(given)], **kwargs)
+        plugins = self._get(self.config_init, "trainer").plugins or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins = [*plugins, WholeCheckpoints()]
+        return super().instantiate_trainer(callbacks=[*given, *self._callbacks(given)], plugins=plugins, **kwargs)
 
     def _callbacks(self, given: list[Callback]) -> list[Callback]:
         settings = self._settings.trainer
@@ -199,6 +207,13 @@ class _CommandLine(LightningCLI):
             run["trainer"].pop(name, None)
         run.pop("ckpt_path", None)
         return Origin(net=net, run=run, name=self._name) if net is not None else None
+
+
+def _keep_metrics(run: Path) -> None:
+    """Put the table of a run that is resumed aside: Lightning's `CSVLogger` would delete it."""
+    metrics = run / "metrics.csv"
+    if metrics.exists() and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        metrics.rename(run / f"metrics_{len(list(run.glob('metrics_*.csv')))}.csv")
 
 
 def _is_no_advertisement(record: logging.LogRecord) -> bool:
