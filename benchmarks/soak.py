@@ -83,7 +83,7 @@ SHAPES = (
     *("--data.shortest", "[64]", "--data.shortest_test", "64", "--data.workers", "0", "--model.warmup_steps", "2"),
     *("--model.net.evolve.steps", "2", "--trainer.val_check_interval", "2"),
 )
-TRAINED = Path("..", "fit", "undisturbed", "runs", "run", "version_0")
+TRAINED = Path("..", "..", "fit", "undisturbed", "runs", "run", "version_0")
 
 
 def plain(*arguments: str) -> Job:
@@ -146,7 +146,7 @@ def unfinished(folder: Path) -> str | None:
 
 
 def leg(arguments: list[str], folder: Path, moment: float, writes: int) -> tuple[int | None, str | None]:
-    """Run a command and kill it after ``moment`` seconds, or while the ``writes``-th file is written where that is not 0.
+    """Run a command; kill it after ``moment`` seconds or, if that is not 0, while the ``writes``-th file is written.
 
     Returns:
         Its exit status, None where it was killed, and the file that was being written at that moment.
@@ -179,6 +179,7 @@ class Soak:
             raise SystemExit(f"{self.file} is of seed {self.found['seed']}; give that, or another --folder")
 
     def save(self) -> None:
+        """Keep what has been found."""
         write_whole(self.file, (json.dumps(self.found, indent=1) + "\n").encode())
 
     def undisturbed(self, name: str) -> float:

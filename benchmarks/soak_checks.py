@@ -73,6 +73,8 @@ def fit_result(run: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in ("last", "best"):
         state = torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True)
+        for callback in state["callbacks"].values():
+            callback.pop("current_score", None)  # Lightning saves it and never reads it
         found |= {f"{name}.ckpt{key}": value for key, value in _leaves(state, str(run))}
     for path in sorted((run / "weights").glob("*.safetensors")):
         found |= {f"{path.name}{key}": value for key, value in _leaves(load_file(path), str(run))}

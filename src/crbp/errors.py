@@ -33,5 +33,17 @@ class StorageError(CrbpError, OSError):
         )
 
 
+class NonFiniteError(CrbpError, FloatingPointError):
+    """A NaN or an infinity has come up in training; says at which step and where from."""
+
+
 class DivergenceWarning(UserWarning):
     """The dynamics or the backward solve did not converge, and the policy says to go on."""
+
+
+class NonFiniteWarning(UserWarning):
+    """A NaN or an infinity has come up in training, and the policy says to go on."""
+
+
+class LearningWarning(UserWarning):
+    """Training goes on, but has learnt nothing."""

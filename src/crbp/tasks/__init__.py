@@ -11,6 +11,8 @@ if _missing := [name for name in _NEEDED if find_spec(name) is None]:
 from crbp.tasks._resume import WholeCheckpoints  # noqa: E402
 from crbp.tasks.contour import ContourTask  # noqa: E402
 from crbp.tasks.data import ContourData, ContourSource, Folders, Generated, Stages  # noqa: E402
+from crbp.tasks.finite import NonFinite  # noqa: E402
+from crbp.tasks.learning import LearningCheck  # noqa: E402
 from crbp.tasks.penalties import FrobeniusPenalty, LipschitzPenalty, Penalty  # noqa: E402
 from crbp.tasks.predictions import PredictionWriter  # noqa: E402
 from crbp.tasks.weights import Origin, SafetensorsExport, WeightsError, load_net, load_trained, save_net  # noqa: E402
@@ -48,7 +50,9 @@ __all__ = [
     "FrobeniusPenalty",
     "Generated",
     "GeneratedShapes",
+    "LearningCheck",
     "LipschitzPenalty",
+    "NonFinite",
     "Origin",
     "PanopticBatch",
     "PanopticData",

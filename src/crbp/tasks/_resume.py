@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+import crbp
 from crbp._files import write_whole
 
 
@@ -61,15 +62,30 @@ class LastCheckpoint(Checkpoint):
 
     def _save(self, trainer: pl.Trainer) -> None:
         self._saved = trainer.global_step
-        trainer.save_checkpoint(Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints" / "last.ckpt")
+        trainer.save_checkpoint(last_checkpoint(trainer))
+
+
+def last_checkpoint(trainer: pl.Trainer) -> Path:
+    """Where `LastCheckpoint` keeps it."""
+    return Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints" / "last.ckpt"
 
 
 class ResumableModule(pl.LightningModule):
-    """A module whose checkpoints hold the state of the random numbers, so that one that draws some resumes exactly."""
+    """A module whose checkpoints hold the state of the random numbers, so that one that draws some resumes exactly.
+
+    Attributes:
+        progress: loss of the last training batch, without penalties, and what an answer that looks at no image would
+            cost; None where that is not known. `LearningCheck` reads it.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self._rng: dict[str, Tensor] | None = None
+        self.progress: tuple[Tensor, Tensor] | None = None
+
+    def training_report(self) -> crbp.Report | None:
+        """What the last training run says of itself; None where there was none."""
+        return None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the state of the random numbers."""

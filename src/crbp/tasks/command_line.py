@@ -23,6 +23,8 @@ from crbp.data.pathfinder import DataError, GenerationError
 from crbp.errors import CrbpError
 from crbp.tasks._messages import one_line
 from crbp.tasks._resume import LastCheckpoint, WholeCheckpoints
+from crbp.tasks.finite import NonFinite
+from crbp.tasks.learning import LearningCheck
 from crbp.tasks.predictions import PredictionWriter
 from crbp.tasks.weights import Origin, SafetensorsExport, read_state
 
@@ -167,6 +169,9 @@ class _CommandLine(LightningCLI):
             return []
         chosen: list[Callback] = []
         monitor = getattr(self.model, "monitor", _MONITOR)
+        for check in (NonFinite, LearningCheck):
+            if not any(isinstance(callback, check) for callback in given):
+                chosen.append(check())
         if settings.logger is not False:
             chosen.append(LearningRateMonitor(logging_interval="step"))
         if settings.enable_checkpointing is not False and not settings.fast_dev_run:
