@@ -104,7 +104,7 @@ JOBS = {
     "generate parquet": plain(
         *("generate", "--preset", "mini", "--size", "2500", "--workers", "1", "--out", "set", "--format", "parquet")
     ),
-    "generate shapes": plain("generate", "shapes", "--images", "20,5", "--size", "128", "--jobs", "1", "--out", "set"),
+    "generate shapes": plain("generate", "shapes", "--images", "60,10", "--size", "128", "--jobs", "1", "--out", "set"),
     "predict": trained("predict", "--trainer.logger", "false", "--out", "seen"),
     "analyze": trained(
         *("analyze", str(TRAINED / "weights" / "last.safetensors"), "--images", "4", "--steps", "8", "--out", "page")
@@ -198,7 +198,7 @@ class Soak:
 
     def kill(self, name: str, kills: int) -> None:
         """Kill a job so many times, running it anew when it has ended, and let the last run end."""
-        whole = self.undisturbed(name)
+        undisturbed = self.undisturbed(name)
         place = self.folder / name.replace(" ", "_")
         while True:
             legs = [each for each in self.found["kills"] if each["job"] == name]
@@ -207,6 +207,8 @@ class Soak:
             if len(legs) >= kills and not folder.exists():
                 return
             folder.mkdir(exist_ok=True)
+            # Of runs that were never killed the fastest: later than its end nothing can be killed.
+            whole = min([undisturbed, *(each["seconds"] for each in runs if each["legs"] == 1)])
             draw = random.Random(f"{self.seed} {name} {len(legs)} {len(runs)}")
             moment, writes = draw.uniform(whole / 5, whole), draw.randint(1, 12) if draw.random() < 0.5 else 0
             if len(legs) >= kills:
@@ -217,6 +219,8 @@ class Soak:
         """One leg, and what it left."""
         resumed = step_of(folder / LAST) if (folder / LAST).exists() else None
         arguments = JOBS[name].arguments(resumed is not None)
+        legs = 1 + sum((each["job"], each["run"]) == (name, folder.name) for each in self.found["kills"])
+        began = time.perf_counter()
         status, writing = leg(arguments, folder, moment, writes)
         entry: dict[str, Any] = {"job": name, "run": folder.name, "resumed_at_step": resumed}
         if status is None:
@@ -226,7 +230,8 @@ class Soak:
         else:
             wanted = JOBS[name].result(folder.parent / "undisturbed")
             found = differences(JOBS[name].result(folder), wanted) if status == 0 else [f"exit status {status}"]
-            self.found["runs"].append(entry | {"differences": found})
+            seconds = round(time.perf_counter() - began, 2)
+            self.found["runs"].append(entry | {"legs": legs, "seconds": seconds, "differences": found})
         self.save()
         if entry.get("broken_files") or entry.get("differences"):
             print(f"{name}: {entry}", flush=True)

@@ -14,12 +14,12 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from tiny_contours import LEAF_SPEC, Lines, tiny_data, tiny_net, tiny_task, trainer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import crbp
 from crbp.losses import constant_loss, focal_loss
-from crbp.models import PathfinderNet
+from crbp.models import PathfinderNet, Prediction
 from crbp.tasks import ContourData, ContourSource, ContourTask, LearningCheck, NonFinite
 from crbp.tasks._resume import LastCheckpoint
 
@@ -169,22 +169,31 @@ def test_a_step_that_breaks_the_weights_is_not_saved(tmp_path: Path) -> None:
     assert not (tmp_path / "checkpoints" / "last.ckpt").exists()
 
 
+class Normed(nn.Module):
+    """A net that keeps statistics of its batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(1, 4, 3, padding="same"), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
+
+    def forward(self, image: Tensor) -> Prediction:
+        return Prediction(logits=self.layers(image))
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("norm", ["instance", "batch"])
-def test_a_skipped_step_changes_nothing(tmp_path: Path, accumulate: int, norm: str) -> None:
+@pytest.mark.parametrize("normed", [False, True])
+def test_a_skipped_step_changes_nothing(tmp_path: Path, accumulate: int, normed: bool) -> None:
     data, watch, check = broken_data(), Watch(), NonFinite("skip")
-    task = ContourTask(tiny_net(norm=norm))
+    task = ContourTask(Normed() if normed else tiny_net())
     with pytest.warns(crbp.NonFiniteWarning, match=rf"of image {BAD} .* the step is skipped \(1 so far\)"):
         made = fit(tmp_path, task, data, watch, check, accumulate_grad_batches=accumulate)
     first = accumulate * (step_of_bad(data) // accumulate)
     assert first > 0, "the broken image has to come after a step"
     changed = [not equal(a, b) for a, b in zip(watch.seen, watch.seen[1:], strict=False)]
-    # With a norm over batches a forward pass changes the running mean, which the skipped step puts back at its end.
-    steps = [changed[last - 1] if norm == "instance" else None for last in range(2 * accumulate - 1, 6, accumulate)]
     assert equal(watch.seen[first - 1], watch.seen[first + accumulate - 1])
     assert not any(torch.isnan(value).any() for value in task.state_dict().values())
     assert made.callback_metrics["train/not_finite"] == check.found == 1
-    assert norm == "batch" or steps.count(True) == len(steps) - 1
+    assert sum(changed) >= 6 // accumulate - 2, "all other steps but the first, before which there is nothing"
 
 
 @pytest.mark.parametrize("gradient", [False, True], ids=["weight", "gradient"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -20,7 +21,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from crbp._files import write_whole
 from crbp.data.pathfinder import DataError, GenerationError
-from crbp.errors import CrbpError
+from crbp.errors import CrbpError, StorageError
 from crbp.tasks._messages import one_line
 from crbp.tasks._resume import LastCheckpoint, WholeCheckpoints
 from crbp.tasks.finite import NonFinite
@@ -50,6 +51,7 @@ _EXPECTED_WARNINGS = (
     "Checkpoint directory .* exists and is not empty",  # a resumed run goes on in its folder
     "Be aware that when using `ckpt_path`, callbacks used to create",  # measuring a checkpoint needs none of them
 )
+_UNWRITABLE = (errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS)
 _MISTAKES = (ArgumentError, CrbpError, MisconfigurationException, ValueError, TypeError, OSError, ImportError)
 
 
@@ -191,6 +193,12 @@ class _CommandLine(LightningCLI):
             if self.trainer.interrupted:  # the trainer turns Ctrl+C into an exit with status 1
                 raise KeyboardInterrupt from None
             raise
+        except OSError as error:
+            if error.errno not in _UNWRITABLE:
+                raise
+            # A logger that writes in a thread of its own does not say which file it was.
+            where = error.filename or self.trainer.log_dir or self.trainer.default_root_dir
+            raise StorageError.at(where, error) from error
 
     @property
     def _settings(self) -> Any:
