@@ -63,7 +63,7 @@ class NonFinite(pl.Callback):
         self._look_at_weights(trainer, pl_module, f"{self._where(trainer)}: ")
         if self.policy == "skip" and self._buffers is None:
             # Statistics of batches change in the forward pass, before anything is known to be wrong.
-            self._buffers = [(b, b.clone()) for b in pl_module.buffers() if b.is_floating_point()]
+            self._buffers = [(buffer, buffer.clone()) for buffer in pl_module.buffers()]
         floats = [leaf for _, leaf in _floats(batch)]
         if not _finite(floats):
             images = _in_batch(batch, trainer.train_dataloader, batch_idx)
