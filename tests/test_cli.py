@@ -189,14 +189,8 @@ def test_a_resumed_run_keeps_its_table_of_metrics(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore::crbp.DivergenceWarning")
 def test_a_run_whose_numbers_are_not_finite_ends_with_their_source(capsys: pytest.CaptureFixture[str]) -> None:
     wrecked = ["fit", *TINY, "--model.learning_rate", "1e30", "--model.net.evolve.on_divergence", "warn"]
-    wrecked += [
-        "--trainer.max_epochs",
-        "40",
-        "--trainer.limit_val_batches",
-        "0",
-        "--trainer.enable_model_summary",
-        "no",
-    ]
+    wrecked += ["--trainer.max_epochs", "40", "--trainer.limit_val_batches", "0"]
+    wrecked += ["--trainer.enable_checkpointing", "false", "--trainer.enable_model_summary", "false"]
     assert "the loss is nan of finite images and weights; lower learning_rate" in complaint(capsys, *wrecked)
     skip = ["--trainer.callbacks+=crbp.tasks.NonFinite", "--trainer.callbacks.policy=skip"]
     with pytest.warns(NonFiniteWarning, match="the step is skipped"):
