@@ -273,6 +273,7 @@ def test_no_constant_answer_costs_less(gamma: float, share: float) -> None:
     assert float(constant_loss(torch.zeros(1, 4, 4, dtype=torch.bool), gamma)) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error::crbp.LearningWarning")
 def test_a_rate_a_hundred_times_too_high_does_not_end_in_silence(tmp_path: Path) -> None:
     def checks() -> list[pl.Callback]:

@@ -180,7 +180,10 @@ def _agreed(trainer: pl.Trainer, well: bool) -> bool:
 
 def _finite(tensors: list[Tensor]) -> bool:
     """Whether all numbers are finite; one reduction, and the only wait for the device."""
-    return not tensors or math.isfinite(float(get_total_norm(tensors, norm_type=math.inf)))
+    if not tensors or math.isfinite(float(get_total_norm(tensors))):
+        return True
+    # The squares of numbers that are finite may not be; the largest number is, but takes longer to find.
+    return math.isfinite(float(get_total_norm(tensors, norm_type=math.inf)))
 
 
 def _named(tensors: Iterable[tuple[str, Tensor | None]]) -> str:
