@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import crbp.cli
-from crbp import __version__
+from crbp import NonFiniteWarning, __version__
 from crbp.cli import COMMANDS, main
 from crbp.tasks import load_net
 
@@ -172,6 +172,30 @@ def test_from_training_to_predictions(tmp_path: Path, capsys: pytest.CaptureFixt
     broken = tmp_path / "broken.ckpt"
     broken.write_bytes(checkpoint.read_bytes()[:1000])
     assert "cannot be read" in complaint(capsys, "validate", *TINY, "--ckpt_path", str(broken))
+
+
+def test_a_resumed_run_keeps_its_table_of_metrics(tmp_path: Path) -> None:
+    logger = ["--trainer.logger", "lightning.pytorch.loggers.CSVLogger", "--trainer.logger.save_dir", "runs"]
+    named = ["--trainer.logger.name", "unnamed"]  # as the default has it: the configuration's
+    assert main(["fit", *TINY, *logger, *named]) == 0
+    run = tmp_path / "runs" / "mini_hgru_crbp" / "version_0"
+    before = (run / "metrics.csv").read_text()
+    last = str(run / "checkpoints" / "last.ckpt")
+    assert main(["fit", *TINY, *logger, *named, "--trainer.max_epochs", "2", "--ckpt_path", last]) == 0
+    assert (run / "metrics_0.csv").read_text() == before
+    assert (run / "metrics.csv").read_text() != before
+
+
+@pytest.mark.filterwarnings("ignore::crbp.DivergenceWarning")
+def test_a_run_whose_numbers_are_not_finite_ends_with_their_source(capsys: pytest.CaptureFixture[str]) -> None:
+    wrecked = ["fit", *TINY, "--model.learning_rate", "1e30", "--model.net.evolve.on_divergence", "warn"]
+    wrecked += ["--trainer.max_epochs", "40", "--trainer.limit_val_batches", "0"]
+    wrecked += ["--trainer.enable_checkpointing", "false", "--trainer.enable_model_summary", "false"]
+    assert "the loss is nan of finite images and weights; lower learning_rate" in complaint(capsys, *wrecked)
+    skip = ["--trainer.callbacks+=crbp.tasks.NonFinite", "--trainer.callbacks.policy=skip"]
+    with pytest.warns(NonFiniteWarning, match="the step is skipped"):
+        said = complaint(capsys, *wrecked, *skip)
+    assert "more than 10 steps in a row" in said
 
 
 def test_generated_folders_can_be_trained_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -175,6 +175,13 @@ def test_zero_gradient_costs_nothing(name):
     assert (got.terms, vjp.calls, got.residual, got.stop) == (0, 0, 0.0, StopReason.CONVERGED)
 
 
+@pytest.mark.parametrize("solver", [Neumann(terms=5), Anderson(terms=5), GMRES(terms=5)])
+def test_products_whose_squares_overflow_end_as_not_finite(solver):
+    got = solver.solve(lambda v: 1e25 * v * torch.arange(UNITS), torch.randn(UNITS))
+    assert got.stop is StopReason.NOT_FINITE
+    assert bool(got.best.isfinite().all())
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("name", SOLVERS)
 def test_gradient_that_is_not_finite_is_handed_on(name, bad):

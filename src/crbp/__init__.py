@@ -2,7 +2,17 @@
 
 from crbp import cells, ops
 from crbp.diagnostics import activation_memory, residual_curve, spectral_radius
-from crbp.errors import CrbpError, DivergenceError, DivergenceWarning, SettingsError, StateError
+from crbp.errors import (
+    CrbpError,
+    DivergenceError,
+    DivergenceWarning,
+    LearningWarning,
+    NonFiniteError,
+    NonFiniteWarning,
+    SettingsError,
+    StateError,
+    StorageError,
+)
 from crbp.evolve import Evolve, Report, Run
 from crbp.gradients import BPTT, RBP, CheckpointedBPTT, GradientMethod, OneStep, Phantom, TruncatedBPTT
 from crbp.penalties import jacobian_frobenius_penalty, lipschitz_penalty, residual_penalty, spectral_penalty
@@ -21,7 +31,10 @@ __all__ = [
     "DivergenceWarning",
     "Evolve",
     "GradientMethod",
+    "LearningWarning",
     "Neumann",
+    "NonFiniteError",
+    "NonFiniteWarning",
     "OneStep",
     "Phantom",
     "Report",
@@ -30,6 +43,7 @@ __all__ = [
     "Solver",
     "StateError",
     "StopReason",
+    "StorageError",
     "TruncatedBPTT",
     "activation_memory",
     "cells",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import os
 from pathlib import Path
 from typing import NoReturn
 
@@ -18,7 +20,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def reserve(folder: Path, files: list[Path]) -> None:
-    """Make the folders and files now: minutes of work must not be lost to a path that cannot be written.
+    """Make the folders now, and see that files can be: minutes of work must not be lost to a path that cannot be.
 
     Raises:
         CrbpError: naming what cannot be written.
@@ -27,8 +29,11 @@ def reserve(folder: Path, files: list[Path]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for file in files:
             file.parent.mkdir(parents=True, exist_ok=True)
-            with file.open("a"):
-                pass
+            if file.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(file))
+            probe = file.with_name(f".{file.name}.part")  # an empty file of the name itself could be taken for a result
+            probe.touch()
+            probe.unlink()
     except OSError as error:
         raise CrbpError(
             f"{error.filename} cannot be written ({error.strerror}); choose another --out or --json"

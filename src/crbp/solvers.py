@@ -275,7 +275,11 @@ class _Krylov:
         correction = stacked @ vector
         vector = vector - stacked.T @ correction
         length = torch.linalg.vector_norm(vector)
-        self.columns.append(torch.cat([column + correction, length[None]]))
+        weights = torch.cat([column + correction, length[None]])
+        # Their squares can leave the range of numbers where the vector itself has not.
+        if not bool(weights.isfinite().all()):
+            return False
+        self.columns.append(weights)
         self.exhausted = float(length) <= before * torch.finfo(vector.dtype).eps * 10
         self.basis.append(vector / length if not self.exhausted else torch.zeros_like(vector))
         return True

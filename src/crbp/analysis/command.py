@@ -16,6 +16,7 @@ from rich.console import Console
 from torch import Tensor
 
 from crbp._command import Parser, reserve
+from crbp._files import write_whole
 from crbp.analysis import figures
 from crbp.analysis.page import RESIDUAL, write_page
 from crbp.analysis.states import StateSpace, state_space
@@ -129,7 +130,7 @@ def main(arguments: list[str]) -> None:
     with console.status("Following the model step by step …"), torch.inference_mode(False):
         found = analyse(net, image, mask, steps=options.steps)
     numbers = {"checkpoint": str(options.checkpoint), "images": len(image), "task": task, **found.numbers()}
-    (folder / "analysis.json").write_text(json.dumps(numbers, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_whole(folder / "analysis.json", (json.dumps(numbers, indent=2, allow_nan=False) + "\n").encode())
     _write(folder / "report.html", options.checkpoint, origin, found, image, mask, task)
     for name, value in _rows(found):
         console.print(f"{name:<58}{value}", highlight=False)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import base64
 import html
+import io
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
+
+from crbp._files import write_whole
 
 DPI = 140
 # The caption of a residual.
@@ -38,9 +41,10 @@ def write_page(
     """
     shown = []
     for name, (figure, caption) in figures.items():
-        picture = file.with_name(f"{name}.png")
+        picture = io.BytesIO()
         figure.savefig(picture, dpi=DPI)
-        source = base64.b64encode(picture.read_bytes()).decode()
+        write_whole(file.with_name(f"{name}.png"), picture.getvalue())
+        source = base64.b64encode(picture.getvalue()).decode()
         text = html.escape(re.sub("<[^>]*>", "", caption))
         shown.append(
             f'<figure id="{name}"><img alt="{text}" src="data:image/png;base64,{source}">'
@@ -54,7 +58,7 @@ def write_page(
         figures="\n".join(shown),
         notes="\n".join(f"<h2>{name}</h2>\n<p>{text}</p>" for name, text in notes.items()),
     )
-    file.write_text(page, encoding="utf-8")
+    write_whole(file, page.encode())
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

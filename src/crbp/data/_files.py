@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
+from crbp._files import write_whole
 from crbp.data._parallel import bar, cores, run
 from crbp.data.errors import DataError
 
@@ -41,14 +42,12 @@ def write_atomic(path: Path, content: bytes) -> str:
 
     The temporary name starts with a dot and ends in the process number, so that no reader takes it for an
     image and no two writers share it.
+
+    Raises:
+        StorageError: It cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        part.write_bytes(content)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    # Checksums tell a file that a power cut took, so that none need be waited for.
+    write_whole(path, content, part=f".{path.name}.{os.getpid()}.tmp", sync=False)
     return hashlib.sha256(content).hexdigest()
 
 

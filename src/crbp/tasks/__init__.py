@@ -8,8 +8,11 @@ _NEEDED = ("lightning", "jsonargparse", "torchmetrics", "safetensors", "PIL")
 if _missing := [name for name in _NEEDED if find_spec(name) is None]:
     raise ImportError(f"crbp.tasks needs {', '.join(_missing)}, not installed here; run: pip install 'crbp[train]'")
 
+from crbp.tasks._resume import WholeCheckpoints  # noqa: E402
 from crbp.tasks.contour import ContourTask  # noqa: E402
 from crbp.tasks.data import ContourData, ContourSource, Folders, Generated, Stages  # noqa: E402
+from crbp.tasks.finite import NonFinite  # noqa: E402
+from crbp.tasks.learning import LearningCheck  # noqa: E402
 from crbp.tasks.penalties import FrobeniusPenalty, LipschitzPenalty, Penalty  # noqa: E402
 from crbp.tasks.predictions import PredictionWriter  # noqa: E402
 from crbp.tasks.weights import Origin, SafetensorsExport, WeightsError, load_net, load_trained, save_net  # noqa: E402
@@ -47,7 +50,9 @@ __all__ = [
     "FrobeniusPenalty",
     "Generated",
     "GeneratedShapes",
+    "LearningCheck",
     "LipschitzPenalty",
+    "NonFinite",
     "Origin",
     "PanopticBatch",
     "PanopticData",
@@ -59,6 +64,7 @@ __all__ = [
     "SafetensorsExport",
     "Stages",
     "WeightsError",
+    "WholeCheckpoints",
     "load_net",
     "load_trained",
     "save_net",

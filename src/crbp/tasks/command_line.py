@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -12,14 +13,19 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_only
 
+from crbp._files import write_whole
 from crbp.data.pathfinder import DataError, GenerationError
-from crbp.errors import CrbpError
+from crbp.errors import CrbpError, StorageError
 from crbp.tasks._messages import one_line
-from crbp.tasks._resume import LastCheckpoint
+from crbp.tasks._resume import LastCheckpoint, WholeCheckpoints
+from crbp.tasks.finite import NonFinite
+from crbp.tasks.learning import LearningCheck
 from crbp.tasks.predictions import PredictionWriter
 from crbp.tasks.weights import Origin, SafetensorsExport, read_state
 
@@ -42,9 +48,11 @@ _TRAINER_DEFAULTS: dict[str, Any] = {
 }
 _EXPECTED_WARNINGS = (
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own use of torch, harmless
+    "Experiment logs directory .* exists and is not empty",  # the same; its table of metrics is put aside
     "Checkpoint directory .* exists and is not empty",  # a resumed run goes on in its folder
     "Be aware that when using `ckpt_path`, callbacks used to create",  # measuring a checkpoint needs none of them
 )
+_UNWRITABLE = (errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS)
 _MISTAKES = (ArgumentError, CrbpError, MisconfigurationException, ValueError, TypeError, OSError, ImportError)
 
 
@@ -70,8 +78,8 @@ class _SaveConfig(SaveConfigCallback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         folder = trainer.log_dir  # agreed on by all processes, so asked for by all of them
         if trainer.loggers and folder is not None and trainer.is_global_zero:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            self.parser.save(self.config, Path(folder) / self.config_filename, skip_unset=False, overwrite=True)
+            content = self.parser.dump(self.config, skip_unset=False)
+            write_whole(Path(folder) / self.config_filename, content.encode())
 
 
 class _CommandLine(LightningCLI):
@@ -126,6 +134,7 @@ class _CommandLine(LightningCLI):
             run = Path(self._settings.get("ckpt_path") or "").absolute().parent.parent
             if self.subcommand == "fit" and run.parent == Path(logger.save_dir, logger.name).absolute():
                 logger.version = run.name
+                _keep_metrics(run)
         _set_threads()
 
     def instantiate_classes(self) -> None:
@@ -145,10 +154,14 @@ class _CommandLine(LightningCLI):
             self._weights = None
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """The trainer, with the callbacks that its settings leave room for."""
+        """The trainer, with the callbacks and the plugin for checkpoints that its settings leave room for."""
         given = self._get(self.config_init, "trainer").callbacks or []
         given = given if isinstance(given, list) else [given]
-        return super().instantiate_trainer(callbacks=[*given, *self._callbacks(given)], **kwargs)
+        plugins = self._get(self.config_init, "trainer").plugins or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins = [*plugins, WholeCheckpoints()]
+        return super().instantiate_trainer(callbacks=[*given, *self._callbacks(given)], plugins=plugins, **kwargs)
 
     def _callbacks(self, given: list[Callback]) -> list[Callback]:
         settings = self._settings.trainer
@@ -159,6 +172,9 @@ class _CommandLine(LightningCLI):
             return []
         chosen: list[Callback] = []
         monitor = getattr(self.model, "monitor", _MONITOR)
+        for check in (NonFinite, LearningCheck):
+            if not any(isinstance(callback, check) for callback in given):
+                chosen.append(check())
         if settings.logger is not False:
             chosen.append(LearningRateMonitor(logging_interval="step"))
         if settings.enable_checkpointing is not False and not settings.fast_dev_run:
@@ -178,6 +194,12 @@ class _CommandLine(LightningCLI):
             if self.trainer.interrupted:  # the trainer turns Ctrl+C into an exit with status 1
                 raise KeyboardInterrupt from None
             raise
+        except OSError as error:
+            if error.errno not in _UNWRITABLE:
+                raise
+            # A logger that writes in a thread of its own does not say which file it was.
+            where = error.filename or self.trainer.log_dir or self.trainer.default_root_dir
+            raise StorageError.at(where, error) from error
 
     @property
     def _settings(self) -> Any:
@@ -199,6 +221,13 @@ class _CommandLine(LightningCLI):
             run["trainer"].pop(name, None)
         run.pop("ckpt_path", None)
         return Origin(net=net, run=run, name=self._name) if net is not None else None
+
+
+def _keep_metrics(run: Path) -> None:
+    """Put the table of a run that is resumed aside: Lightning's `CSVLogger` would delete it."""
+    metrics = run / "metrics.csv"
+    if metrics.exists() and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        metrics.rename(run / f"metrics_{len(list(run.glob('metrics_*.csv')))}.csv")
 
 
 def _is_no_advertisement(record: logging.LogRecord) -> bool:

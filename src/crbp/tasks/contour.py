@@ -14,7 +14,7 @@ from torchmetrics import MeanMetric, MetricCollection
 
 import crbp
 from crbp._checks import choice, count, non_negative, share
-from crbp.losses import focal_loss
+from crbp.losses import constant_loss, focal_loss
 from crbp.metrics import contour_metrics
 from crbp.models import Prediction
 from crbp.tasks._backward import log_backward
@@ -152,6 +152,7 @@ class ContourTask(ResumableModule):
         prediction: Prediction = self.net(batch["image"], **self._asked_of_net())
         focal = self._focal(prediction, batch["mask"])
         values: dict[str, Tensor | float] = {"train/focal": focal}
+        self.progress = focal.detach(), constant_loss(batch["mask"], self.gamma)
         loss = focal
         if self.penalty is not None:
             assert prediction.run is not None  # checked when the task was made
@@ -176,6 +177,10 @@ class ContourTask(ResumableModule):
         """Log how the backward equation was solved, which is known only now."""
         log_backward(self, self._report)
         self._report = None
+
+    def training_report(self) -> crbp.Report | None:
+        """What the run of the last batch says of itself."""
+        return self._report
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Count the pixels of a batch and log what its run did."""

@@ -28,6 +28,7 @@ Optimizer = Literal["sgd", "adamw"]
 Stage = Literal["val", "test"]
 
 _QUALITIES = tuple(f"{name}{kind}" for kind in ("", "_things", "_stuff") for name in ("pq", "sq", "rq"))
+_CLASSIFIED = ("rpn_class", "box_class", "mask", "semantic")  # losses that are cross-entropies
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
 
 
@@ -179,13 +180,19 @@ class PanopticTask(ResumableModule):
         size = len(batch.images)
         self.log("train/loss", loss, prog_bar=True, batch_size=size)
         self.log_dict({f"train/{name}": value for name, value in losses.items()}, batch_size=size)
-        if (report := self._report()) is not None:
+        classified = torch.stack([losses[name].detach() for name in _CLASSIFIED]).sum()
+        self.progress = classified, torch.full_like(classified, self._uniform_loss())
+        if (report := self.training_report()) is not None:
             self.log("train/residual", report.residual, batch_size=size)
         return loss
 
     def on_after_backward(self) -> None:
         """Log how the backward equation was solved, which is known only now."""
-        log_backward(self, self._report(), batch_size=1)
+        log_backward(self, self.training_report(), batch_size=1)
+
+    def training_report(self) -> crbp.Report | None:
+        """What the mask head's run of the last batch says of itself."""
+        return self.net.report if isinstance(self.net, RFPN) else None
 
     def validation_step(self, batch: PanopticBatch, batch_idx: int) -> None:
         """Count the segments of a batch."""
@@ -256,8 +263,10 @@ class PanopticTask(ResumableModule):
     def _images_per_step(self) -> int:
         return int(self._data().batch_size) * self.trainer.world_size * self.trainer.accumulate_grad_batches
 
-    def _report(self) -> crbp.Report | None:
-        return self.net.report if isinstance(self.net, RFPN) else None
+    def _uniform_loss(self) -> float:
+        """What an answer costs that takes all classes to be equally likely."""
+        things, stuff = math.log(self.net.things + 1), math.log(self.net.stuff + 1)
+        return 2 * math.log(2) + things + float(self.net.semantic_head.weight) * stuff
 
     def _results(self, batch: PanopticBatch, *, merged_only: bool) -> list[PanopticResult]:
         wanted: dict[str, Any] = {"merged_only": merged_only} if isinstance(self.net, PanopticFPN) else {}

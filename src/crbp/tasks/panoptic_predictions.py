@@ -12,6 +12,7 @@ import numpy as np
 from lightning.pytorch.callbacks import BasePredictionWriter
 from PIL import Image
 
+from crbp._files import write_whole
 from crbp.analysis.overlay import overlay
 from crbp.data.panoptic import Categories, png, rgb_from_ids
 from crbp.errors import SettingsError
@@ -53,7 +54,6 @@ class PanopticPredictionWriter(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         """Write one batch."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         categories: Categories = pl_module.categories  # type: ignore[assignment]
         numbers = [f"{target['image_id']:012d}" for target in batch.targets]
         names = numbers if batch.names is None else [Path(name).stem for name in batch.names]
@@ -70,11 +70,12 @@ class PanopticPredictionWriter(BasePredictionWriter):
         ids = result.panoptic.cpu().numpy()
         names = {category: of.name(category) for category in (*of.things, *of.stuff)}
         colours = {category: of.colour(category) for category in names}
-        overlay(np.asarray(image), ids, segments, names, colours).save(self.folder / f"{name}.png")
-        (self.folder / f"{name}_panoptic.png").write_bytes(png(rgb_from_ids(ids)))
+        shown = np.asarray(overlay(np.asarray(image), ids, segments, names, colours))
+        write_whole(self.folder / f"{name}.png", png(shown), sync=False)
+        write_whole(self.folder / f"{name}_panoptic.png", png(rgb_from_ids(ids)), sync=False)
         listed = [
             {**segment, "name": names[segment["category_id"]], "area": int(found["area"])}
             for segment, found in zip(segments, result.segments, strict=True)
         ]
         content = {"height": ids.shape[0], "width": ids.shape[1], "segments_info": listed}
-        (self.folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_whole(self.folder / f"{name}.json", (json.dumps(content, indent=2) + "\n").encode(), sync=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import BasePredictionWriter
 from PIL import Image
 from torch import Tensor
+
+from crbp._files import write_whole
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -37,7 +40,6 @@ class PredictionWriter(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         """Write one batch."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         assert batch_indices is not None
         for row, index in enumerate(batch_indices):
             number = index[0] if isinstance(index, tuple) else index  # a sampler's `Key` starts with the index
@@ -47,4 +49,6 @@ class PredictionWriter(BasePredictionWriter):
 
 
 def _write(probability: Tensor, path: Path) -> None:
-    Image.fromarray((probability * 255).round().byte().cpu().numpy()).save(path)
+    content = io.BytesIO()
+    Image.fromarray((probability * 255).round().byte().cpu().numpy()).save(content, "PNG")
+    write_whole(path, content.getbuffer(), sync=False)

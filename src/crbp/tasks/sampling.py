@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -64,6 +65,10 @@ class EpochSampler(DistributedSampler[Key]):
 
     def __iter__(self) -> Iterator[Key]:
         """The share of this process in the current epoch, from ``start`` on."""
+        return self.keys(self.start)
+
+    def keys(self, start: int) -> Iterator[Key]:
+        """The share of this process in the current epoch, from ``start`` on."""
         # torch's generator reads 32 bits of a seed, so seed and epoch are mixed before and not side by side.
         digest = hashlib.blake2b(f"{self.seed} {self.epoch}".encode(), digest_size=4).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
@@ -71,7 +76,7 @@ class EpochSampler(DistributedSampler[Key]):
         if self.epoch == 0:
             order[: self.lead_in] = torch.arange(self.size, self.size + self.lead_in)
         flips = torch.randint(2, (self.size, 2), generator=generator) * int(self.flips)
-        share = slice(self.rank + self.start * self.num_replicas, self.rank + len(self) * self.num_replicas)
+        share = slice(self.rank + start * self.num_replicas, self.rank + len(self) * self.num_replicas)
         mine = (order[share][:: self.num_replicas].tolist(), flips[share][:: self.num_replicas].tolist())
         for item, (flip_x, flip_y) in zip(*mine, strict=True):
             yield Key(item, bool(flip_x), bool(flip_y))
@@ -170,6 +175,11 @@ class ResumableLoader(DataLoader[Any]):
         for batch in super().__iter__():
             self._given += 1
             yield batch
+
+    def keys(self, batch: int) -> list[Key]:
+        """What a batch of the current epoch is made of."""
+        assert self.batch_size is not None
+        return list(islice(self.sampler.keys(batch * self.batch_size), self.batch_size))
 
     def state_dict(self) -> dict[str, int]:
         """Where the current epoch stands."""

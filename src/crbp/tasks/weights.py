@@ -17,10 +17,11 @@ import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch.trainer.states import TrainerFn
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 import crbp
+from crbp._files import write_whole
 from crbp.tasks._messages import one_line
 
 _PREFIX = "net."
@@ -64,13 +65,13 @@ def save_net(state: Mapping[str, Tensor], path: str | Path, origin: Origin) -> N
         state: the network's ``state_dict()``.
         path: of the file to write.
         origin: what it is rebuilt from.
+
+    Raises:
+        StorageError: if it cannot be written.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".part")
     # A copy of each tensor: the format refuses views and tensors that share memory.
-    save_file({key: value.detach().cpu().clone() for key, value in state.items()}, unfinished, origin.metadata())
-    unfinished.replace(path)
+    copies = {key: value.detach().cpu().clone() for key, value in state.items()}
+    write_whole(Path(path), save(copies, origin.metadata()))
 
 
 def load_net(path: str | Path, *, trust: Sequence[str] = ("crbp",)) -> nn.Module:
