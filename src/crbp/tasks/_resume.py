@@ -7,9 +7,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, GradientAccumulationScheduler
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
+
+from crbp.errors import SettingsError
+from crbp.tasks.sampling import ResumableLoader
 
 
 class LastCheckpoint(Checkpoint):
@@ -59,10 +62,70 @@ class ResumableModule(pl.LightningModule):
         self._rng = checkpoint.get("rng")
 
     def on_train_start(self) -> None:
-        """Take up the random numbers where the checkpoint left them."""
+        """Take up the random numbers where the checkpoint left them, and the batches where the images stand."""
+        self._count_batches_anew()
         if self._rng is None:
             return
         torch.set_rng_state(self._rng["cpu"].cpu())
         if self.device.type == "cuda" and "cuda" in self._rng:
             torch.cuda.set_rng_state(self._rng["cuda"].cpu(), self.device)
         self._rng = None
+
+    def _count_batches_anew(self) -> None:
+        """Let the trainer end the epoch with its last image also where a batch of all processes has another size."""
+        loader, progress = self.trainer.train_dataloader, self.trainer.fit_loop.epoch_loop.batch_progress
+        if isinstance(loader, ResumableLoader) and self.trainer.fit_loop.restarting:
+            ended = progress.is_last_batch
+            done = self.trainer.num_training_batches if ended else loader.batches_done(self.trainer.current_epoch)
+            progress.current.increment_by(int(done) - progress.current.ready)
+
+
+class ResumableData(pl.LightningDataModule):
+    """Data whose training images are taken up by a checkpoint where they stand, by any number of processes.
+
+    The images of an optimiser step have to stay the same, since rate and schedule are made for them.
+    """
+
+    batch_size: int
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._loader: ResumableLoader | None = None
+        self._resume: dict[str, int] | None = None
+
+    def resumed(self, loader: ResumableLoader) -> ResumableLoader:
+        """The loader of the training images, at the place that a checkpoint says."""
+        if self._resume is not None:
+            loader.load_state_dict(self._resume)
+        self._resume, self._loader = None, loader
+        return loader
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the training images stand; saved with every checkpoint."""
+        return {} if self._loader is None else {**self._loader.state_dict(), "step": self._images_per_step()}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Take the training images up again where a checkpoint left them.
+
+        Raises:
+            SettingsError: if training goes on with another number of images an optimiser step.
+        """
+        # The trainer hands a loader its state only if that has not been asked for its length before, which a schedule
+        # does; the data module is handed its own in any case.
+        self._resume = state_dict or None
+        fitting = self.trainer is not None and self.trainer.state.fn is TrainerFn.FITTING
+        if fitting and state_dict and state_dict.get("step") != (here := self._images_per_step()):
+            raise SettingsError(
+                f"the checkpoint was trained with {state_dict.get('step')} images an optimiser step, this run has "
+                f"{here}, for which its rate and schedule are not made; choose data.batch_size, devices and "
+                "trainer.accumulate_grad_batches so that their product is the same"
+            )
+
+    def _images_per_step(self) -> int:
+        """Images of an optimiser step, over all processes and accumulated batches."""
+        trainer = self.trainer
+        if trainer is None:
+            return self.batch_size
+        # Such a callback changes the number from epoch to epoch; it does so again where training is resumed.
+        scheduled = any(isinstance(each, GradientAccumulationScheduler) for each in trainer.callbacks)  # type: ignore[attr-defined]
+        return self.batch_size * trainer.world_size * (1 if scheduled else trainer.accumulate_grad_batches)
