@@ -185,7 +185,8 @@ class PanopticTask(ResumableModule):
 
     def on_after_backward(self) -> None:
         """Log how the backward equation was solved, which is known only now."""
-        log_backward(self, self._report(), batch_size=1)
+        method = self.net.mask_head.evolve.gradient if isinstance(self.net, RFPN) else None
+        log_backward(self, self._report(), method=method, batch_size=1)
 
     def validation_step(self, batch: PanopticBatch, batch_idx: int) -> None:
         """Count the segments of a batch."""
