@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Checkpoint, GradientAccumulationScheduler
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
+from torch import Tensor, nn
 
 from crbp.errors import SettingsError
 from crbp.tasks.sampling import ResumableLoader
@@ -23,25 +23,30 @@ class LastCheckpoint(Checkpoint):
 
     def __init__(self) -> None:
         self._saved = -1
+        self.path: Path | None = None  # of the last checkpoint of this run, once there is one
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save the state of this moment; that of the end of an epoch once the epoch is over."""
         fitting = trainer.state.fn is TrainerFn.FITTING and not trainer.sanity_checking
         if fitting and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
-            self._save(trainer)
+            self.save(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save the end of an epoch."""
-        self._save(trainer)
+        self.save(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save the end, where no epoch ends."""
         if self._saved != trainer.global_step:
-            self._save(trainer)
+            self.save(trainer)
 
-    def _save(self, trainer: pl.Trainer) -> None:
+    def save(self, trainer: pl.Trainer) -> Path:
+        """Save the state of this moment, on all processes; where it is."""
         self._saved = trainer.global_step
-        trainer.save_checkpoint(Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints" / "last.ckpt")
+        path = Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints" / "last.ckpt"
+        trainer.save_checkpoint(path)
+        self.path = path
+        return path
 
 
 class ResumableModule(pl.LightningModule):
@@ -63,6 +68,7 @@ class ResumableModule(pl.LightningModule):
 
     def on_train_start(self) -> None:
         """Take up the random numbers where the checkpoint left them, and the batches where the images stand."""
+        self._check_norms()
         self._count_batches_anew()
         if self._rng is None:
             return
@@ -70,6 +76,13 @@ class ResumableModule(pl.LightningModule):
         if self.device.type == "cuda" and "cuda" in self._rng:
             torch.cuda.set_rng_state(self._rng["cuda"].cpu(), self.device)
         self._rng = None
+
+    def _check_norms(self) -> None:
+        if self.device.type == "cpu" and any(isinstance(module, nn.SyncBatchNorm) for module in self.modules()):
+            raise SettingsError(
+                "trainer.sync_batchnorm=true needs GPUs, torch has no such norm for CPUs; set it to false, which takes "
+                "the statistics of each process's own batch"
+            )
 
     def _count_batches_anew(self) -> None:
         """Let the trainer end the epoch with its last image also where a batch of all processes has another size."""
