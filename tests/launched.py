@@ -81,8 +81,16 @@ def wait_for(path: Path, run: subprocess.Popen[str]) -> None:
     """Return once a file is there."""
     end = time.monotonic() + BOUND
     while not path.exists():
-        assert run.poll() is None, (Path(path.anchor) and run.args, run.returncode)
+        assert run.poll() is None, f"{run.args} ended with {run.returncode} before {path} was there"
         assert time.monotonic() < end, f"{path} has not come within {BOUND} s"
+        time.sleep(0.1)
+
+
+def wait_until_gone(pid: int, within: float) -> None:
+    """Return once a process has ended."""
+    end = time.monotonic() + within
+    while pid in members(pid):
+        assert time.monotonic() < end, f"process {pid} has not ended within {within} s"
         time.sleep(0.1)
 
 

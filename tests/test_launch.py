@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from launched import BOUND, CONFIG, ROOT, TINY, environment, started, step_of, wait_for, with_variable
+from launched import BOUND, CONFIG, ROOT, TINY, environment, started, step_of, wait_for, wait_until_gone, with_variable
 
 LAUNCH = ROOT / "configs" / "launch"
 
@@ -126,11 +126,8 @@ def test_a_run_that_lost_a_process_says_so_and_how_to_go_on(killed: int, tmp_pat
     with started(command, tmp_path, environment()) as run:
         wait_for(last, run)
         other = with_variable(run.pid, "LOCAL_RANK", "1")
-        begun = time.monotonic()
         os.kill(run.pid if killed == 0 else other, signal.SIGKILL)
-        while Path(f"/proc/{other}").exists() and killed == 0:
-            assert time.monotonic() - begun < 30
-            time.sleep(0.1)
+        wait_until_gone(other, within=30)
         assert run.wait(30) == (-signal.SIGKILL if killed == 0 else 1)
     told = [line for line in (tmp_path / "log").read_text().splitlines() if line.startswith("crbp: error: ")]
     assert len(told) == 1
@@ -149,8 +146,7 @@ def test_sigterm_to_the_main_process_saves_and_ends_all(tmp_path: Path) -> None:
         other = with_variable(run.pid, "LOCAL_RANK", "1")
         run.terminate()
         assert run.wait(30) == 128 + signal.SIGTERM
-        time.sleep(1)
-        assert not Path(f"/proc/{other}").exists()
+        wait_until_gone(other, within=30)
     told = (tmp_path / "log").read_text()
     assert f"stopped on SIGTERM after {step_of(last)} steps" in told
     assert "Traceback" not in told

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Checkpoint, GradientAccumulationScheduler
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor, nn
+from torch import Tensor
 
 from crbp.errors import SettingsError
 from crbp.tasks.sampling import ResumableLoader
@@ -68,7 +68,6 @@ class ResumableModule(pl.LightningModule):
 
     def on_train_start(self) -> None:
         """Take up the random numbers where the checkpoint left them, and the batches where the images stand."""
-        self._check_norms()
         self._count_batches_anew()
         if self._rng is None:
             return
@@ -76,13 +75,6 @@ class ResumableModule(pl.LightningModule):
         if self.device.type == "cuda" and "cuda" in self._rng:
             torch.cuda.set_rng_state(self._rng["cuda"].cpu(), self.device)
         self._rng = None
-
-    def _check_norms(self) -> None:
-        if self.device.type == "cpu" and any(isinstance(module, nn.SyncBatchNorm) for module in self.modules()):
-            raise SettingsError(
-                "trainer.sync_batchnorm=true needs GPUs, torch has no such norm for CPUs; set it to false, which takes "
-                "the statistics of each process's own batch"
-            )
 
     def _count_batches_anew(self) -> None:
         """Let the trainer end the epoch with its last image also where a batch of all processes has another size."""

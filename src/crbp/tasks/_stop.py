@@ -46,8 +46,12 @@ class StopOnSignal(Callback):
         self.on_sanity_check_start(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Stop where one process has been asked to; gradients that are still being gathered come first."""
-        progress = trainer.fit_loop.epoch_loop.batch_progress
+        """Stop where one process has been asked to and no gradient is being gathered."""
+        loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
+        assert fetcher is not None
+        if loop._should_check_val_fx(fetcher):
+            return  # saved here, the state would be taken up after the validation; it can stop soon enough itself
+        progress = loop.batch_progress
         if progress.is_last_batch or progress.current.ready % trainer.accumulate_grad_batches == 0:
             self._stop_if_asked(trainer)
 
