@@ -4,10 +4,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny_contours import LEAF_SPEC, tiny_data, tiny_task, trainer
+
+from crbp.tasks import FrobeniusPenalty
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="forks its processes"),
@@ -53,6 +56,28 @@ def test_a_run_goes_on_with_another_number_of_processes(before: int, after: int,
     _, whole = fit(tmp_path / "whole", processes=before)
     _, found = fit(tmp_path / "rest", processes=after, resume=tmp_path / "whole" / "step=3.ckpt")
     assert_same(found, whole)
+
+
+class _Apart(pl.Callback):
+    """Has each process draw other random numbers than the others, as the sampling of anchors does."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        torch.rand(trainer.global_rank + 1)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create")
+def test_resumed_processes_take_up_their_own_random_numbers(tmp_path: Path) -> None:
+    ends = []
+    for resume in (None, tmp_path / "step=2.ckpt"):
+        torch.manual_seed(0 if resume is None else 9)
+        keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=2, save_top_k=-1)
+        callbacks = [keep, _Apart()] if resume is None else []
+        task = tiny_task(penalty=FrobeniusPenalty(weight=0.1))
+        run = trainer(tmp_path, devices=2, strategy="ddp_fork", callbacks=callbacks)
+        run.fit(task, tiny_data(batch_size=2, train_size=16), ckpt_path=resume, weights_only=True)
+        ends.append(task.state_dict())
+    for name, value in ends[0].items():
+        assert torch.equal(ends[1][name], value), name
 
 
 def test_statistics_over_processes_are_refused_on_cpus_at_once(tmp_path: Path) -> None:

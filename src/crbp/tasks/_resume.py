@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import Checkpoint, GradientAccumulationScheduler
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
@@ -54,26 +55,33 @@ class ResumableModule(pl.LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self._rng: dict[str, Tensor] | None = None
+        self._rng: list[dict[str, Tensor]] | None = None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the state of the random numbers."""
-        checkpoint["rng"] = {"cpu": torch.get_rng_state()}
+        """Save the state of the random numbers, that of each process: they draw as many as their images need."""
+        own = checkpoint["rng"] = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
-            checkpoint["rng"]["cuda"] = torch.cuda.get_rng_state(self.device)
+            own["cuda"] = torch.cuda.get_rng_state(self.device)
+        if self.trainer.world_size > 1:
+            every: list[Any] = [None] * self.trainer.world_size
+            dist.all_gather_object(every, own)
+            checkpoint["rng_of_processes"] = every
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the state of the random numbers until training starts."""
-        self._rng = checkpoint.get("rng")
+        """Keep the states of the random numbers until training starts."""
+        first = [checkpoint["rng"]] if "rng" in checkpoint else None
+        self._rng = checkpoint.get("rng_of_processes", first)
 
     def on_train_start(self) -> None:
         """Take up the random numbers where the checkpoint left them, and the batches where the images stand."""
         self._count_batches_anew()
         if self._rng is None:
             return
-        torch.set_rng_state(self._rng["cpu"].cpu())
-        if self.device.type == "cuda" and "cuda" in self._rng:
-            torch.cuda.set_rng_state(self._rng["cuda"].cpu(), self.device)
+        # Another number of processes has no states of its own: all take up that of the first.
+        own = self._rng[self.global_rank if len(self._rng) == self.trainer.world_size else 0]
+        torch.set_rng_state(own["cpu"].cpu())
+        if self.device.type == "cuda" and "cuda" in own:
+            torch.cuda.set_rng_state(own["cuda"].cpu(), self.device)
         self._rng = None
 
     def _count_batches_anew(self) -> None:
