@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from tiny_contours import LEAF_SPEC, tiny_data, tiny_task, trainer
 
 from crbp.tasks import FrobeniusPenalty
@@ -98,9 +100,10 @@ def test_a_signalled_run_saves_stops_and_goes_on(
 
 def test_processes_signalled_at_different_places_stop_together(tmp_path: Path) -> None:
     """Shares are uneven in validation: the second process has a batch fewer."""
-    together: dict[str, Any] = {"devices": 2, "strategy": "ddp_fork"}
     for place, batch in (("train", 1), ("validate", 0)):
+        # A process that waits in vain gives up.
+        strategy = DDPStrategy(start_method="fork", timeout=timedelta(seconds=60))
         with pytest.raises(torch.multiprocessing.ProcessExitedException) as stopped:
-            fit(tmp_path / place, Signal(signal.SIGUSR1, place, batch, rank=1), **together)
+            fit(tmp_path / place, Signal(signal.SIGUSR1, place, batch, rank=1), devices=2, strategy=strategy)
         assert stopped.value.exit_code == 128 + signal.SIGUSR1
         assert torch.load(tmp_path / place / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] == 1
