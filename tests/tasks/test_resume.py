@@ -3,14 +3,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny_contours import LEAF_SPEC, Lines, tiny_data, tiny_task, trainer
+from torch.utils.data import Dataset
 
+from crbp.errors import SettingsError
 from crbp.tasks import ContourData, FrobeniusPenalty, Generated, Stages
 from crbp.tasks._resume import LastCheckpoint
-from crbp.tasks.sampling import EpochSampler
+from crbp.tasks.sampling import EpochSampler, ResumableLoader
 
 pytestmark = [
     pytest.mark.filterwarnings(LEAF_SPEC),
@@ -148,6 +151,94 @@ def test_resumed_run_equals_uninterrupted_one(tmp_path: Path, settings: dict[str
         assert torch.equal(resumed["state_dict"][name], value), name
     torch.testing.assert_close(resumed["optimizer_states"], whole["optimizer_states"], rtol=0, atol=0)
     assert torch.equal(resumed["rng"]["cpu"], whole["rng"]["cpu"])
+
+
+@pytest.mark.parametrize("seen", [0, 4, 8, 16, 20])
+@pytest.mark.parametrize(("batch", "processes"), [(4, 1), (2, 2), (1, 4), (2, 1), (8, 1), (3, 2)])
+def test_the_images_left_of_an_epoch_are_shared_out_anew(seen: int, batch: int, processes: int) -> None:
+    whole = order(size=22)
+    shares = []
+    for rank in range(processes):
+        sampler = EpochSampler(22, seed=3, shuffle=True, flips=True, rank=rank, world_size=processes)
+        loader = ResumableLoader(_Keys(), sampler, batch_size=batch, drop_last=True, collate_fn=list)
+        loader.load_state_dict({"epoch": 0, "images": seen})
+        done = loader.batches_done(0)
+        shares.append([key for each in loader for key in each])
+        assert len(shares[-1]) == batch * (len(loader) - done)
+    left = [key for share in shares for key in share]
+    assert len(set(left)) == len(left)
+    assert set(left) == set(whole[seen : seen + len(left)])
+    assert 22 - seen - len(left) < batch * processes
+
+
+def fit_plainly(folder: Path, batch: int, resumed: Path | None = None, **settings: Any) -> tuple[Any, list[int]]:
+    """Train with a loss that is a mean over images, and no random number whose use depends on the number of batches."""
+    task = tiny_task(residual_weight=0.0, step_jitter=0)
+    seen = _Seen()
+    keep = ModelCheckpoint(folder, filename="{epoch}-{step}", save_top_k=-1, every_n_train_steps=1)
+    going = trainer(folder, max_epochs=2, callbacks=[seen, *([] if resumed else [keep])], **settings)
+    going.fit(task, tiny_data(train_size=20, batch_size=batch), ckpt_path=resumed, weights_only=True)
+    assert (going.global_step, going.current_epoch) == (10, 2)
+    return task.state_dict(), seen.labels
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, list[int]]:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, *fit_plainly(folder, 4)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create")
+@pytest.mark.parametrize("resume", ["epoch=0-step=3.ckpt", "epoch=0-step=5.ckpt", "epoch=1-step=7.ckpt"])
+def test_a_run_goes_on_with_batches_of_another_size(whole: Any, tmp_path: Path, resume: str) -> None:
+    """In the middle of an epoch and at its last batch: each image once, the same steps, the same end."""
+    folder, weights, order = whole
+    again, rest = fit_plainly(tmp_path, 2, folder / resume, accumulate_grad_batches=2)
+    assert rest == order[-len(rest) :]
+    assert len(rest) == 40 - 4 * int(resume.split("=")[2].removesuffix(".ckpt"))
+    for name, value in weights.items():
+        torch.testing.assert_close(again[name], value, rtol=1e-3, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create")
+def test_another_number_of_images_a_step_is_refused(tmp_path: Path) -> None:
+    fit(tmp_path, every_n_train_steps=1)
+    message = "trained with 4 images an optimiser step, this run has 2, .* choose data.batch_size, devices"
+    with pytest.raises(SettingsError, match=message):
+        trainer(tmp_path, max_epochs=3).fit(
+            tiny_task(penalty=FrobeniusPenalty(weight=0.1)),
+            tiny_data(batch_size=2),
+            ckpt_path=tmp_path / "epoch=1-step=7.ckpt",
+            weights_only=True,
+        )
+    trainer(tmp_path).validate(
+        tiny_task(penalty=FrobeniusPenalty(weight=0.1)),
+        tiny_data(batch_size=2),
+        ckpt_path=tmp_path / "epoch=1-step=7.ckpt",
+        weights_only=True,
+        verbose=False,
+    )
+
+
+def test_a_place_counted_in_batches_is_refused() -> None:
+    with pytest.raises(SettingsError, match=r"\['batches', 'epoch'\], not as epoch and images"):
+        tiny_data().train_dataloader().load_state_dict({"epoch": 0, "batches": 2})
+
+
+class _Keys(Dataset[Any]):
+    def __getitem__(self, key: Any) -> Any:
+        return key
+
+
+class _Seen(pl.Callback):
+    """The images that training has seen, in order."""
+
+    def __init__(self) -> None:
+        self.labels: list[int] = []
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.labels += batch["label"].tolist()
 
 
 def test_the_last_checkpoint_is_of_the_last_step_whatever_is_best(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from crbp.data.pathfinder import DataError, GenerationError
 from crbp.errors import CrbpError, StorageError
 from crbp.tasks._messages import one_line
 from crbp.tasks._resume import LastCheckpoint, WholeCheckpoints
+from crbp.tasks._stop import StopOnSignal, Stopped, lost_process
 from crbp.tasks.finite import NonFinite
 from crbp.tasks.learning import LearningCheck
 from crbp.tasks.predictions import PredictionWriter
@@ -182,7 +183,7 @@ class _CommandLine(LightningCLI):
                 chosen.append(
                     ModelCheckpoint(filename="best", monitor=monitor, mode="max", enable_version_counter=False)
                 )
-                chosen.append(LastCheckpoint())
+                chosen += [last := LastCheckpoint(), StopOnSignal(last)]
             if (origin := self._origin()) is not None:
                 chosen.append(SafetensorsExport(origin, monitor=monitor))
         return chosen
@@ -190,6 +191,12 @@ class _CommandLine(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         try:
             super()._run_subcommand(subcommand)
+        except Stopped:
+            raise
+        except RuntimeError as error:
+            if self.trainer.world_size > 1 and lost_process(error):
+                raise SystemExit(self._told_lost(error)) from error
+            raise
         except SystemExit:
             if self.trainer.interrupted:  # the trainer turns Ctrl+C into an exit with status 1
                 raise KeyboardInterrupt from None
@@ -200,6 +207,16 @@ class _CommandLine(LightningCLI):
             # A logger that writes in a thread of its own does not say which file it was.
             where = error.filename or self.trainer.log_dir or self.trainer.default_root_dir
             raise StorageError.at(where, error) from error
+
+    def _told_lost(self, error: RuntimeError) -> str:
+        """What to say where this process ends since another one has."""
+        trainer = self.trainer
+        saved = [each.path for each in trainer.callbacks if isinstance(each, LastCheckpoint) and each.path is not None]  # type: ignore[attr-defined]
+        return (
+            f"crbp: error: process {trainer.global_rank} ends, since another of the {trainer.world_size} has ended or "
+            f"does not answer ({str(error).splitlines()[0]})"
+            + (f"; resume with --ckpt_path {saved[0]}" if saved else "")
+        )
 
     @property
     def _settings(self) -> Any:

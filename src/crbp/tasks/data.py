@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from crbp._checks import count
+from crbp.tasks._resume import ResumableData
 from crbp.tasks.sampling import EpochSampler, Flipped, Followed, ResumableLoader
 
 if TYPE_CHECKING:
@@ -153,11 +153,11 @@ class Stages(ContourSource):
         return items
 
 
-class ContourData(pl.LightningDataModule):
+class ContourData(ResumableData):
     """Batches of contour images for `ContourTask`.
 
     The order of the training images and how each is turned over are a function of ``(seed, epoch)`` alone, so a run
-    resumed from any checkpoint sees what an uninterrupted one would have seen.
+    resumed from any checkpoint sees what an uninterrupted one would have seen, with another number of processes too.
 
     Args:
         source: where the images come from.
@@ -212,16 +212,10 @@ class ContourData(pl.LightningDataModule):
         self.sizes: dict[Split, int] = {"train": train_size, "val": val_size, "test": test_size}
         self.flips, self.seed = flips, seed
         self.workers = spare_cores() if workers is None else workers
-        self._loader: ResumableLoader | None = None
-        self._resume: dict[str, int] | None = None
 
     def train_dataloader(self) -> ResumableLoader:
         """Shuffled batches, all of the same size."""
-        self._loader = ResumableLoader(*self._parts("train"), drop_last=True, **self._settings())
-        if self._resume is not None:
-            self._loader.load_state_dict(self._resume)
-        self._resume = None
-        return self._loader
+        return self.resumed(ResumableLoader(*self._parts("train"), drop_last=True, **self._settings()))
 
     def val_dataloader(self) -> DataLoader[Any]:
         """The validation split in order, each image once."""
@@ -234,16 +228,6 @@ class ContourData(pl.LightningDataModule):
     def predict_dataloader(self) -> DataLoader[Any]:
         """The test split in order, each image once."""
         return self._ordered("test")
-
-    def state_dict(self) -> dict[str, int]:
-        """Where the training images stand; saved with every checkpoint."""
-        return self._loader.state_dict() if self._loader is not None else {}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Take the training images up again where a checkpoint left them."""
-        # The trainer hands a loader its state only if that has not been asked for its length before, which a schedule
-        # does; the data module is handed its own in any case.
-        self._resume = state_dict or None
 
     def _ordered(self, split: Split) -> DataLoader[Any]:
         items, sampler = self._parts(split)

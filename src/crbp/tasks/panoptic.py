@@ -188,7 +188,8 @@ class PanopticTask(ResumableModule):
 
     def on_after_backward(self) -> None:
         """Log how the backward equation was solved, which is known only now."""
-        log_backward(self, self.training_report(), batch_size=1)
+        method = self.net.mask_head.evolve.gradient if isinstance(self.net, RFPN) else None
+        log_backward(self, self.training_report(), method=method, batch_size=1)
 
     def training_report(self) -> crbp.Report | None:
         """What the mask head's run of the last batch says of itself."""

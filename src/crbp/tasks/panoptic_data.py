@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -19,6 +18,7 @@ from crbp.data.panoptic import Key as ImageKey
 from crbp.data.panoptic.dataset import example, scene_truth
 from crbp.data.panoptic.formats import read_image
 from crbp.data.panoptic.transforms import SHORTEST, Transform, view_image
+from crbp.tasks._resume import ResumableData
 from crbp.tasks.data import spare_cores
 from crbp.tasks.sampling import EpochSampler, ResumableLoader
 
@@ -187,12 +187,12 @@ class GeneratedShapes(PanopticSource):
         return Shapes(self.size, split=split, images=images, objects=self.objects, seed=self.seed, transform=transform)
 
 
-class PanopticData(pl.LightningDataModule):
+class PanopticData(ResumableData):
     """Batches of panoptic images for `PanopticTask`.
 
     The order of the training images, their sizes and flips are a function of ``(seed, epoch)`` alone, so a run resumed
-    from any checkpoint sees what an uninterrupted one would have seen. Files are looked for and the JSON is checked
-    before training starts; ``crbp data check`` looks into the files as well.
+    from any checkpoint sees what an uninterrupted one would have seen, with another number of processes too. Files are
+    looked for and the JSON is checked before training starts; ``crbp data check`` looks into the files as well.
 
     Args:
         source: where the images come from.
@@ -237,8 +237,6 @@ class PanopticData(pl.LightningDataModule):
         self.resize = Resize(shortest=shortest_test, longest=longest)
         self.predict = None if predict is None else Path(predict)
         self.workers = spare_cores() if workers is None else workers
-        self._loader: ResumableLoader | None = None
-        self._resume: dict[str, int] | None = None
 
     @property
     def categories(self) -> Categories:
@@ -255,11 +253,8 @@ class PanopticData(pl.LightningDataModule):
             raise DataError(
                 "data.source", f"{len(items)} training images make no batch of {self.batch_size}", "lower batch_size"
             )
-        self._loader = ResumableLoader(items, sampler, collate_fn=_together, drop_last=True, **self._settings())
-        if self._resume is not None:
-            self._loader.load_state_dict(self._resume)
-        self._resume = None
-        return self._loader
+        loader = ResumableLoader(items, sampler, collate_fn=_together, drop_last=True, **self._settings())
+        return self.resumed(loader)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """The validation split in order, each image once, one at a time."""
@@ -277,14 +272,6 @@ class PanopticData(pl.LightningDataModule):
             return self.val_dataloader()
         items = Pictures(self.predict, self.resize)
         return self._ordered(items, len(items))
-
-    def state_dict(self) -> dict[str, int]:
-        """Where the training images stand; saved with every checkpoint."""
-        return self._loader.state_dict() if self._loader is not None else {}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Take the training images up again where a checkpoint left them."""
-        self._resume = state_dict or None
 
     def _ordered(self, items: Dataset[Any], size: int) -> DataLoader[Any]:
         # One image at a time: padding to a batch's largest image would cost more than the batch saves.

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from crbp.errors import SettingsError
+
 if TYPE_CHECKING:
     from crbp.data.pathfinder import Sample
 
@@ -29,7 +31,8 @@ class EpochSampler(DistributedSampler[Key]):
 
     Process ``r`` of ``n`` takes every ``n``-th image from ``r`` on, so that all processes together see the batches
     that one process would with ``n`` times the batch. Shuffled epochs leave out the last few images where they do not
-    divide evenly; ordered ones give every image to exactly one process, none twice.
+    divide evenly; ordered ones give every image to exactly one process, none twice. An epoch that is resumed shares
+    out the images from ``start`` on in the same way, whatever number of processes has seen those before.
 
     Args:
         size: images of an epoch, over all processes.
@@ -56,12 +59,20 @@ class EpochSampler(DistributedSampler[Key]):
         # A DistributedSampler by name, so that Lightning leaves it in place instead of wrapping it into another.
         super().__init__(_Sized(size), num_replicas=world_size, rank=rank, shuffle=shuffle, seed=seed)
         self.size, self.flips, self.lead_in = size, flips, lead_in
-        self.start = 0  # images of this process's share to leave out, where an epoch is resumed
+        self.start = 0  # images of the epoch, over all processes, to leave out where it is resumed
 
     def __len__(self) -> int:
         """Images of this process in a whole epoch."""
-        whole = self.size - self.size % self.num_replicas if self.shuffle else self.size
-        return len(range(self.rank, whole, self.num_replicas))
+        return len(self._share(0))
+
+    def left(self, start: int) -> int:
+        """Images of this process in an epoch of which all processes have seen the first ``start``."""
+        return len(self._share(start))
+
+    def _share(self, start: int) -> range:
+        left = max(self.size - start, 0)
+        taken = left - left % self.num_replicas if self.shuffle else left
+        return range(start + self.rank, start + taken, self.num_replicas)
 
     def __iter__(self) -> Iterator[Key]:
         """The share of this process in the current epoch, from ``start`` on."""
@@ -76,8 +87,8 @@ class EpochSampler(DistributedSampler[Key]):
         if self.epoch == 0:
             order[: self.lead_in] = torch.arange(self.size, self.size + self.lead_in)
         flips = torch.randint(2, (self.size, 2), generator=generator) * int(self.flips)
-        share = slice(self.rank + start * self.num_replicas, self.rank + len(self) * self.num_replicas)
-        mine = (order[share][:: self.num_replicas].tolist(), flips[share][:: self.num_replicas].tolist())
+        share = list(self._share(start))
+        mine = (order[share].tolist(), flips[share].tolist())
         for item, (flip_x, flip_y) in zip(*mine, strict=True):
             yield Key(item, bool(flip_x), bool(flip_y))
 
@@ -154,37 +165,57 @@ class ResumableLoader(DataLoader[Any]):
     """A loader over an `EpochSampler` that a checkpoint can take up again in the middle of an epoch.
 
     The data modules save `state_dict` with every checkpoint. The order of an epoch being known beforehand, the epoch
-    and the number of batches handed out are all there is to save.
+    and the number of images handed out to all processes are all there is to save; batches of another size, or another
+    number of processes, can then go on with the images that are left.
     """
 
     sampler: EpochSampler
 
     def __init__(self, items: Dataset[Any], sampler: EpochSampler, **settings: Any) -> None:
         super().__init__(items, sampler=sampler, **settings)
+        assert self.batch_size is not None
+        self.together: int = self.batch_size * sampler.num_replicas  # images of a batch of all processes
         self._given = 0
+        self._begun = (0, 0)  # images given and batches done where the epoch began for this loader
         self._resume: tuple[int, int] | None = None
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # a generator: the epoch is read on the first batch
         """The batches of the sampler's epoch, or the rest of them where that epoch was interrupted."""
-        self._given = 0
-        if self._resume is not None and self._resume[0] == self.sampler.epoch:
-            self._given = self._resume[1]
+        self._given = self._resumed_at(self.sampler.epoch)
+        self._begun = self._given, self.batches_done(self.sampler.epoch)
         self._resume = None
-        assert self.batch_size is not None
-        self.sampler.start = self._given * self.batch_size
+        self.sampler.start = self._given
         for batch in super().__iter__():
-            self._given += 1
+            self._given += self.together
             yield batch
 
     def keys(self, batch: int) -> list[Key]:
-        """What a batch of the current epoch is made of."""
+        """What a batch of the current epoch is made of, by its number as the trainer counts."""
         assert self.batch_size is not None
-        return list(islice(self.sampler.keys(batch * self.batch_size), self.batch_size))
+        start, done = self._begun
+        return list(islice(self.sampler.keys(start + (batch - done) * self.together), self.batch_size))
+
+    def batches_done(self, epoch: int) -> int:
+        """Batches of an epoch that are not to come, where it is resumed."""
+        assert self.batch_size is not None
+        return len(self) - self.sampler.left(self._resumed_at(epoch)) // self.batch_size
 
     def state_dict(self) -> dict[str, int]:
         """Where the current epoch stands."""
-        return {"epoch": self.sampler.epoch, "batches": self._given}
+        return {"epoch": self.sampler.epoch, "images": self._given}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Take up the epoch that ``state`` was saved in at the batch after the last one handed out."""
-        self._resume = (state["epoch"], state["batches"])
+        """Take up the epoch that ``state`` was saved in at the image after the last one handed out.
+
+        Raises:
+            SettingsError: if the state counts something else.
+        """
+        if "images" not in state:
+            raise SettingsError(
+                f"the checkpoint says where the training images stand as {sorted(state)}, not as epoch and images; "
+                "resume it with the version of crbp that wrote it"
+            )
+        self._resume = (state["epoch"], state["images"])
+
+    def _resumed_at(self, epoch: int) -> int:
+        return self._resume[1] if self._resume is not None and self._resume[0] == epoch else 0
