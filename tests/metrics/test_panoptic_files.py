@@ -137,7 +137,7 @@ def edit(file: Path, change: Callable[[Any], Any]) -> None:
         (lambda t, f: edit(f, lambda c: c["annotations"].append(c["annotations"][0])), "image 5 is annotated twice"),
         (
             lambda t, f: edit(f, lambda c: c["annotations"][2].pop("file_name")),
-            "annotation 2 has no file_name",
+            "annotation 2 lacks 'file_name'",
         ),
         (
             lambda t, f: edit(f, lambda c: c["annotations"][0]["segments_info"].append({"id": 9, "category_id": 999})),
