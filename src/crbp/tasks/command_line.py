@@ -12,14 +12,16 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from jsonargparse import Namespace, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
+from crbp._command import Parser
 from crbp.data.pathfinder import DataError, GenerationError
 from crbp.errors import CrbpError
 from crbp.tasks._messages import one_line
-from crbp.tasks._resume import LastCheckpoint
+from crbp.tasks._resume import LastCheckpoint, Restoring
 from crbp.tasks.predictions import PredictionWriter
 from crbp.tasks.weights import Origin, SafetensorsExport, read_state
 
@@ -45,11 +47,18 @@ _EXPECTED_WARNINGS = (
     "Checkpoint directory .* exists and is not empty",  # a resumed run goes on in its folder
     "Be aware that when using `ckpt_path`, callbacks used to create",  # measuring a checkpoint needs none of them
 )
-_MISTAKES = (ArgumentError, CrbpError, MisconfigurationException, ValueError, TypeError, OSError, ImportError)
+_MISTAKES = (
+    *(ArgumentError, CrbpError, MisconfigurationException, ValueError, TypeError, OSError, ImportError),
+    *(MemoryError, OverflowError, RecursionError),
+)
+# A class that a configuration names is imported, which runs its module.
+_TRUSTED = ["crbp", "lightning.pytorch", "torch.nn", "torch.optim"]
 
 
 def run(arguments: list[str]) -> None:
     """Carry out one of `COMMANDS`, the first of the arguments.
+
+    Classes are imported from crbp, Lightning and torch alone, and from the packages named after ``--trust``.
 
     Raises:
         CrbpError: for a mistake in the arguments, the configuration or a checkpoint, in one line.
@@ -58,10 +67,23 @@ def run(arguments: list[str]) -> None:
     for message in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
+    arguments = _trust(arguments)
     try:
         _CommandLine(args=arguments)
     except (MisconfigurationException, DataError, GenerationError) as error:  # what a run can hold against its settings
         raise CrbpError(one_line(error)) from error
+
+
+def _trust(arguments: list[str]) -> list[str]:
+    """Say which packages classes may come from; the arguments without those of ``--trust``."""
+    parser = Parser(prog="crbp", add_help=False, allow_abbrev=False)
+    parser.add_argument("--trust", nargs="+", default=[])
+    found, others = parser.parse_known_args(arguments)
+    try:
+        set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=[*_TRUSTED, *found.trust])
+    except ValueError as error:
+        raise CrbpError(f"--trust takes names of packages; {error}") from error
+    return others
 
 
 class _SaveConfig(SaveConfigCallback):
@@ -105,10 +127,14 @@ class _CommandLine(LightningCLI):
         """Parse, and say in one line what is wrong."""
         try:
             self.config = parser.parse_args(args)
-        except (ArgumentError, ValueError, TypeError, OSError) as error:
+        except _MISTAKES as error:
             raise CrbpError(
                 f"{one_line(error)} (see crbp {_command(args)} --help, and configs/ for examples)"
             ) from error
+        if not isinstance(self._settings.get("trainer"), Namespace):
+            raise CrbpError(f"trainer: {self._settings.get('trainer')!r} is no table of settings")
+        if self._settings.get("weights_only") is False:
+            raise CrbpError("weights_only=False would run what a checkpoint holds; leave it out")
 
     def _parse_ckpt_path(self) -> None:
         """Look at the checkpoint before anything is built; what it says of settings does not override the config's."""
@@ -144,11 +170,16 @@ class _CommandLine(LightningCLI):
             _check_fit(self._weights, self.model.state_dict(), self._settings.ckpt_path)
             self._weights = None
 
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        """Have the trainer unpickle nothing but weights, from wherever it takes a checkpoint."""
+        return {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}
+
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The trainer, with the callbacks that its settings leave room for."""
         given = self._get(self.config_init, "trainer").callbacks or []
         given = given if isinstance(given, list) else [given]
-        return super().instantiate_trainer(callbacks=[*given, *self._callbacks(given)], **kwargs)
+        self._restoring = Restoring()
+        return super().instantiate_trainer(callbacks=[*given, *self._callbacks(given), self._restoring], **kwargs)
 
     def _callbacks(self, given: list[Callback]) -> list[Callback]:
         settings = self._settings.trainer
@@ -178,6 +209,15 @@ class _CommandLine(LightningCLI):
             if self.trainer.interrupted:  # the trainer turns Ctrl+C into an exit with status 1
                 raise KeyboardInterrupt from None
             raise
+        except (CrbpError, DataError, GenerationError, MisconfigurationException):
+            raise
+        except Exception as error:
+            if not (self._restoring.active and self._settings.get("ckpt_path")):
+                raise
+            raise CrbpError(
+                f"the checkpoint {self._settings.ckpt_path} cannot be read or taken up ({one_line(error)}); "
+                "give one that crbp fit wrote with this configuration"
+            ) from error
 
     @property
     def _settings(self) -> Any:
