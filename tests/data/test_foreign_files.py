@@ -102,6 +102,16 @@ def test_a_png_larger_than_its_json_says_is_not_decoded(tmp_path: Path) -> None:
         CocoPanoptic(tmp_path / "images", tmp_path / "panoptic.json")[0]
 
 
+def test_a_prediction_of_another_size_is_not_decoded(tmp_path: Path) -> None:
+    write(tmp_path)
+    write(tmp_path / "found")
+    (tmp_path / "found" / "panoptic" / "a.png").write_bytes(png_header(8_000, 8_000)[:80])
+    with pytest.raises(
+        DataError, match=r"image 11: the prediction is of \(8000, 8000\) pixels, the target of \(4, 6\)"
+    ):
+        evaluate_panoptic_files(tmp_path / "panoptic.json", None, tmp_path / "found" / "panoptic.json", None)
+
+
 def test_an_image_of_one_pixel_is_read(tmp_path: Path) -> None:
     Image.new("RGB", (1, 1)).save(tmp_path / "a.png")
     assert read_image(tmp_path / "a.png").size == (1, 1)

@@ -204,9 +204,8 @@ class _Segments(NamedTuple):
 
 def _integer(mapping: Mapping[str, Any], key: str, owner: str) -> int:
     if not isinstance(mapping, Mapping) or key not in mapping:
-        raise ValueError(
-            f"{owner} has no {key!r} but {', '.join(map(repr, mapping)) if isinstance(mapping, Mapping) else repr(mapping)}; give it as COCO does"
-        )
+        held = ", ".join(map(repr, mapping)) if isinstance(mapping, Mapping) else repr(mapping)
+        raise ValueError(f"{owner} has no {key!r} but {held or 'nothing'}; give it as COCO does")
     try:
         number = operator.index(mapping[key])
     except TypeError as error:

@@ -18,7 +18,7 @@ from torch import Tensor
 from crbp.data._files import write_atomic
 from crbp.data._foreign import leads_out, read_json
 from crbp.data.errors import DataError
-from crbp.data.panoptic.formats import png, read_ids, rgb_from_ids
+from crbp.data.panoptic.formats import png, read_ids, read_size, rgb_from_ids
 from crbp.data.panoptic.records import lacking
 from crbp.metrics.panoptic import ClassCounts, count_segments, quality, thing_flags
 
@@ -139,9 +139,16 @@ def evaluate_panoptic_files(
 
     def count(pair: tuple[_Json, _Json]) -> ClassCounts:
         files = [folder / annotation["file_name"] for folder, annotation in zip(folders, pair, strict=True)]
-        target_map, pred_map = (read_ids(file) for file in files)
+        target_map = read_ids(files[0])
         try:
+            if (size := read_size(files[1])) != target_map.shape:  # a prediction of any size is not to be decoded first
+                raise ValueError(
+                    f"the prediction is of {size} pixels, the target of {target_map.shape}; predict at its size"
+                )
+            pred_map = read_ids(files[1])
             return count_segments(things, pred_map, pair[1]["segments_info"], target_map, pair[0]["segments_info"])
+        except DataError:
+            raise
         except ValueError as error:
             where = f"{files[1]} against {files[0]}"
             raise DataError(

@@ -67,6 +67,16 @@ def read_ids(path: str | Path, *, told: tuple[int, int, int] | None = None) -> N
         return ids_from_rgb(np.asarray(image))
 
 
+def read_size(path: str | Path) -> tuple[int, int]:
+    """Height and width of a panoptic PNG, of which nothing is decoded.
+
+    Raises:
+        DataError: it is missing or no image; names it.
+    """
+    with open_image(path, "the panoptic PNG", _REMEDY) as image:
+        return image.height, image.width
+
+
 def read_image(path: str | Path) -> Image.Image:
     """An image as red, green and blue, turned as its EXIF orientation says.
 
