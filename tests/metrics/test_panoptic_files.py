@@ -145,7 +145,7 @@ def edit(file: Path, change: Callable[[Any], Any]) -> None:
         ),
         (lambda t, f: (f.with_suffix("") / "000000000003.png").unlink(), "000000000003.png: the panoptic PNG cannot"),
         (
-            lambda t, f: Image.new("L", (4, 4)).save(f.with_suffix("") / "000000000003.png"),
+            lambda t, f: Image.new("L", (36, 25)).save(f.with_suffix("") / "000000000003.png"),
             "000000000003.png: is a PNG of mode L",
         ),
         (
