@@ -206,9 +206,9 @@ def test_damage_inside_a_file_is_found_by_the_full_check_or_on_reading(root):
     content[len(content) // 2] ^= 0xFF
     path.write_bytes(content)
     data = FolderPathfinder(root)
-    with pytest.raises(DataError, match=r"does not decode.*check='full'"):
+    with pytest.raises(DataError, match=r"cannot be read.*check='full'"):
         data[2]
-    with pytest.raises(DataError, match=r"sample_2.png: the PNG image does not decode"):
+    with pytest.raises(DataError, match=r"sample_2.png: the PNG image cannot be read"):
         FolderPathfinder(root, check="full")
     with pytest.warns(RuntimeWarning, match="skipped 1"):
         assert len(FolderPathfinder(root, check="full", on_error="skip")) == COUNT - 1

@@ -226,5 +226,5 @@ def test_verifying_what_was_never_written_is_an_error(tmp_path):
     with pytest.raises(DataError, match=r"there is no manifest\*.json"):
         verify(tmp_path)
     (tmp_path / "manifest.json").write_text("{")
-    with pytest.raises(DataError, match="not JSON"):
+    with pytest.raises(DataError, match="cannot be read as JSON"):
         verify(tmp_path)

@@ -137,7 +137,7 @@ def edit(file: Path, change: Callable[[Any], Any]) -> None:
         (lambda t, f: edit(f, lambda c: c["annotations"].append(c["annotations"][0])), "image 5 is annotated twice"),
         (
             lambda t, f: edit(f, lambda c: c["annotations"][2].pop("file_name")),
-            "annotation 2 has no file_name",
+            "annotation 2 lacks 'file_name'",
         ),
         (
             lambda t, f: edit(f, lambda c: c["annotations"][0]["segments_info"].append({"id": 9, "category_id": 999})),
@@ -145,7 +145,7 @@ def edit(file: Path, change: Callable[[Any], Any]) -> None:
         ),
         (lambda t, f: (f.with_suffix("") / "000000000003.png").unlink(), "000000000003.png: the panoptic PNG cannot"),
         (
-            lambda t, f: Image.new("L", (4, 4)).save(f.with_suffix("") / "000000000003.png"),
+            lambda t, f: Image.new("L", (36, 25)).save(f.with_suffix("") / "000000000003.png"),
             "000000000003.png: is a PNG of mode L",
         ),
         (

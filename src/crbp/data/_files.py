@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from crbp._files import write_whole
+from crbp.data._foreign import leads_out, read_json
 from crbp.data._parallel import bar, cores, run
 from crbp.data.errors import DataError
 
@@ -90,8 +91,11 @@ def write_checksums(path: Path, sums: dict[str, str]) -> None:
 def faults(out: Path, checksums: Path) -> list[str]:
     """Return the files listed in `checksums` that are missing or changed, each with what is wrong."""
     found = []
-    for line in checksums.read_text(encoding="utf-8").splitlines():
+    for line in checksums.read_text(encoding="utf-8", errors="replace").splitlines():
         digest, _, name = line.partition("  ")
+        if leads_out(name):
+            found.append(f"{name!r}, which {checksums.name} lists, leads out of the folder")
+            continue
         try:
             content = (out / name).read_bytes()
         except OSError as error:
@@ -118,10 +122,7 @@ def load_manifest(path: Path, *, key: str) -> dict[str, Any]:
     Raises:
         DataError: It is not JSON or lacks `key`, by which such a manifest is known.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(path, f"the manifest is not JSON ({error})", "delete it and write again") from error
+    content = read_json(path, "delete it and write again")
     if not isinstance(content, dict) or key not in content:
         raise DataError(path, f"this is not a manifest with {key!r}", "choose another folder")
     return content

@@ -10,7 +10,8 @@ class DataError(ValueError):
 
     def __init__(self, where: str | Path, what: str = "", remedy: str = "") -> None:
         # A loader's worker sends the message alone, which is whole already.
-        super().__init__(f"{where}: {what}; {remedy}" if what else str(where))
+        told = f"{where}: {what}; {remedy}" if what else str(where)
+        super().__init__(told.encode(errors="backslashreplace").decode())  # a broken name may be no text to print
         self.where, self.what, self.remedy = str(where), what, remedy
 
     def __reduce__(self) -> tuple[type[DataError], tuple[str, str, str]]:

@@ -203,14 +203,16 @@ class _Segments(NamedTuple):
 
 
 def _integer(mapping: Mapping[str, Any], key: str, owner: str) -> int:
-    if key not in mapping:
-        raise ValueError(
-            f"{owner} has no {key!r} but {', '.join(map(repr, mapping)) or 'nothing'}; give it as COCO does"
-        )
+    if not isinstance(mapping, Mapping) or key not in mapping:
+        held = ", ".join(map(repr, mapping)) if isinstance(mapping, Mapping) else repr(mapping)
+        raise ValueError(f"{owner} has no {key!r} but {held or 'nothing'}; give it as COCO does")
     try:
-        return operator.index(mapping[key])
+        number = operator.index(mapping[key])
     except TypeError as error:
         raise ValueError(f"{owner} has the {key} {mapping[key]!r}; give a whole number") from error
+    if not -(1 << 63) <= number < 1 << 63:
+        raise ValueError(f"{owner} has the {key} {number}; give a number that 64 bits can hold")
+    return number
 
 
 def _few(ids: Iterable[int]) -> str:

@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from crbp.data._files import write_atomic
+from crbp.data._foreign import leads_out, read_json
 from crbp.data.errors import DataError
-from crbp.data.panoptic.formats import png, read_ids, rgb_from_ids
+from crbp.data.panoptic.formats import png, read_ids, read_size, rgb_from_ids
+from crbp.data.panoptic.records import lacking
 from crbp.metrics.panoptic import ClassCounts, count_segments, quality, thing_flags
 
 _Json = dict[str, Any]
@@ -74,6 +76,8 @@ class PanopticWriter:
         if image_id in self._annotations or file_name in self._names:
             raise ValueError(f"image {image_id} or its file {file_name} was written before; write each image once")
         ids = panoptic_map.cpu().numpy() if isinstance(panoptic_map, Tensor) else panoptic_map
+        if leads_out(file_name):
+            raise ValueError(f"the file name {file_name!r} of image {image_id} leads out of the folder; give another")
         in_map, named = set(np.unique(ids).tolist()) - {0}, [int(segment["id"]) for segment in segments]
         if in_map != set(named) or len(named) != len(in_map):
             raise ValueError(
@@ -135,9 +139,16 @@ def evaluate_panoptic_files(
 
     def count(pair: tuple[_Json, _Json]) -> ClassCounts:
         files = [folder / annotation["file_name"] for folder, annotation in zip(folders, pair, strict=True)]
-        target_map, pred_map = (read_ids(file) for file in files)
+        target_map = read_ids(files[0])
         try:
+            if (size := read_size(files[1])) != target_map.shape:  # a prediction of any size is not to be decoded first
+                raise ValueError(
+                    f"the prediction is of {size} pixels, the target of {target_map.shape}; predict at its size"
+                )
+            pred_map = read_ids(files[1])
             return count_segments(things, pred_map, pair[1]["segments_info"], target_map, pair[0]["segments_info"])
+        except DataError:
+            raise
         except ValueError as error:
             where = f"{files[1]} against {files[0]}"
             raise DataError(
@@ -161,10 +172,7 @@ def _entry(segment: Mapping[str, Any]) -> _Json:
 
 
 def _load(path: Path, *keys: str) -> _Json:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(path, f"cannot be read as JSON ({error})", "give a panoptic JSON of COCO's form") from error
+    content = read_json(path, "give a panoptic JSON of COCO's form")
     content = content if isinstance(content, dict) else {}
     if missing := [key for key in keys if not isinstance(content.get(key), list)]:
         raise DataError(path, f"has no list of {' or '.join(missing)}", "give a panoptic JSON of COCO's form")
@@ -174,8 +182,9 @@ def _load(path: Path, *keys: str) -> _Json:
 def _by_image(path: Path, annotations: Sequence[Mapping[str, Any]]) -> dict[int | str, _Json]:
     found: dict[int | str, _Json] = {}
     for place, annotation in enumerate(annotations):
-        if missing := {"image_id", "file_name", "segments_info"} - annotation.keys():
-            raise DataError(path, f"annotation {place} has no {', '.join(sorted(missing))}", "add what is missing")
+        kind = str if isinstance(annotation, dict) and isinstance(annotation.get("image_id"), str) else int
+        if wrong := lacking(annotation, image_id=kind, file_name=str, segments_info=list):
+            raise DataError(path, f"annotation {place} {wrong}", "correct it")
         if annotation["image_id"] in found:
             raise DataError(path, f"image {annotation['image_id']} is annotated twice", "keep one of the two")
         found[annotation["image_id"]] = dict(annotation)

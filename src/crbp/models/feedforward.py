@@ -17,7 +17,7 @@ class FeedForwardNet(nn.Module):
     Args:
         channels: of every layer.
         kernel_size: side of the kernels of the layers after the first, odd.
-        depth: number of those layers.
+        depth: number of those layers, at most 1000.
         norm: see `crbp.cells.HGRU`.
         target_share: share of target pixels that the readout starts from.
 
@@ -39,6 +39,8 @@ class FeedForwardNet(nn.Module):
         super().__init__()
         check_cell(channels, kernel_size)
         count("depth", depth)
+        if depth > 1000:
+            raise ValueError(f"depth must be at most 1000, not {depth}")
         layers = [nn.Conv2d(1, channels, 7, padding="same", bias=False), make_norm(norm, channels)]
         for _ in range(depth):
             conv = nn.Conv2d(channels, channels, kernel_size, padding="same")

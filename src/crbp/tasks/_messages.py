@@ -16,6 +16,7 @@ _NOISE = (
 )
 _KEY = re.compile(r'^Parser key "([^"]+)":?')
 _CLASS = re.compile(r"^Problem with given class_path '([^']+)':?")
+_UNTRUSTED = re.compile(r"Importing '(\w+)([\w.]*)' is not allowed.*?to allow it\.")
 _MISSING = re.compile(r"module '([\w.]+)' has no attribute '(\w+)'")
 
 
@@ -36,6 +37,7 @@ def one_line(error: BaseException) -> str:
             text = text[match.end() :].strip()
         rest.append(text)
     message = " ".join(text for text in rest if text) or " ".join(str(error).split()) or type(error).__name__
+    message = _UNTRUSTED.sub(r"\1\2 is of no trusted package; add --trust \1 if you trust it", message)
     parts = [".".join(keys), where, message]
     return ": ".join(part for part in parts if part) + _known_names(message)
 

@@ -77,6 +77,26 @@ def last_checkpoint(trainer: pl.Trainer) -> Path:
     return Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints" / "last.ckpt"
 
 
+class Restoring(pl.Callback):
+    """Knows whether a checkpoint is being taken up, since what goes wrong then is the file's fault.
+
+    Attributes:
+        active: from the setup of the trainer until its first stage starts.
+    """
+
+    def __init__(self) -> None:
+        self.active = False
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """The checkpoint comes next."""
+        self.active = True
+
+    def _over(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.active = False
+
+    on_train_start = on_validation_start = on_test_start = on_predict_start = _over
+
+
 class ResumableModule(pl.LightningModule):
     """A module whose checkpoints hold the state of the random numbers, so that one that draws some resumes exactly.
 
@@ -108,6 +128,8 @@ class ResumableModule(pl.LightningModule):
         """Keep the states of the random numbers until training starts."""
         first = [checkpoint["rng"]] if "rng" in checkpoint else None
         self._rng = checkpoint.get("rng_of_processes", first)
+        for state in self._rng or ():
+            torch.Generator().set_state(state["cpu"].cpu())  # a broken state is refused while it is read
 
     def on_train_start(self) -> None:
         """Take up the random numbers where the checkpoint left them, and the batches where the images stand."""

@@ -13,17 +13,19 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from jsonargparse import Namespace, set_parsing_settings
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
 
+from crbp._command import Parser
 from crbp._files import write_whole
 from crbp.data.pathfinder import DataError, GenerationError
 from crbp.errors import CrbpError, StorageError
 from crbp.tasks._messages import one_line
-from crbp.tasks._resume import LastCheckpoint, WholeCheckpoints
+from crbp.tasks._resume import LastCheckpoint, Restoring, WholeCheckpoints
 from crbp.tasks._stop import StopOnSignal, Stopped, lost_process
 from crbp.tasks.finite import NonFinite
 from crbp.tasks.learning import LearningCheck
@@ -54,11 +56,18 @@ _EXPECTED_WARNINGS = (
     "Be aware that when using `ckpt_path`, callbacks used to create",  # measuring a checkpoint needs none of them
 )
 _UNWRITABLE = (errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS)
-_MISTAKES = (ArgumentError, CrbpError, MisconfigurationException, ValueError, TypeError, OSError, ImportError)
+_MISTAKES = (
+    *(ArgumentError, CrbpError, MisconfigurationException, ValueError, TypeError, OSError, ImportError),
+    *(MemoryError, OverflowError, RecursionError),
+)
+# A class that a configuration names is imported, which runs its module.
+_TRUSTED = ["crbp", "lightning.pytorch", "torch.nn", "torch.optim"]
 
 
 def run(arguments: list[str]) -> None:
     """Carry out one of `COMMANDS`, the first of the arguments.
+
+    Classes are imported from crbp, Lightning and torch alone, and from the packages named after ``--trust``.
 
     Raises:
         CrbpError: for a mistake in the arguments, the configuration or a checkpoint, in one line.
@@ -67,10 +76,23 @@ def run(arguments: list[str]) -> None:
     for message in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
+    arguments = _trust(arguments)
     try:
         _CommandLine(args=arguments)
     except (MisconfigurationException, DataError, GenerationError) as error:  # what a run can hold against its settings
         raise CrbpError(one_line(error)) from error
+
+
+def _trust(arguments: list[str]) -> list[str]:
+    """Say which packages classes may come from; the arguments without those of ``--trust``."""
+    parser = Parser(prog="crbp", add_help=False, allow_abbrev=False)
+    parser.add_argument("--trust", nargs="+", default=[])
+    found, others = parser.parse_known_args(arguments)
+    try:
+        set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=[*_TRUSTED, *found.trust])
+    except ValueError as error:
+        raise CrbpError(f"--trust takes names of packages; {error}") from error
+    return others
 
 
 class _SaveConfig(SaveConfigCallback):
@@ -114,10 +136,14 @@ class _CommandLine(LightningCLI):
         """Parse, and say in one line what is wrong."""
         try:
             self.config = parser.parse_args(args)
-        except (ArgumentError, ValueError, TypeError, OSError) as error:
+        except _MISTAKES as error:
             raise CrbpError(
                 f"{one_line(error)} (see crbp {_command(args)} --help, and configs/ for examples)"
             ) from error
+        if not isinstance(self._settings.get("trainer"), Namespace):
+            raise CrbpError(f"trainer: {self._settings.get('trainer')!r} is no table of settings")
+        if self._settings.get("weights_only") is False:
+            raise CrbpError("weights_only=False would run what a checkpoint holds; leave it out")
 
     def _parse_ckpt_path(self) -> None:
         """Look at the checkpoint before anything is built; what it says of settings does not override the config's."""
@@ -154,6 +180,10 @@ class _CommandLine(LightningCLI):
             _check_fit(self._weights, self.model.state_dict(), self._settings.ckpt_path)
             self._weights = None
 
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        """Have the trainer unpickle nothing but weights, from wherever it takes a checkpoint."""
+        return {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}
+
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The trainer, with the callbacks and the plugin for checkpoints that its settings leave room for."""
         given = self._get(self.config_init, "trainer").callbacks or []
@@ -162,7 +192,9 @@ class _CommandLine(LightningCLI):
         plugins = plugins if isinstance(plugins, list) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins = [*plugins, WholeCheckpoints()]
-        return super().instantiate_trainer(callbacks=[*given, *self._callbacks(given)], plugins=plugins, **kwargs)
+        self._restoring = Restoring()
+        callbacks = [*given, *self._callbacks(given), self._restoring]
+        return super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)
 
     def _callbacks(self, given: list[Callback]) -> list[Callback]:
         settings = self._settings.trainer
@@ -191,22 +223,30 @@ class _CommandLine(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         try:
             super()._run_subcommand(subcommand)
-        except Stopped:
-            raise
-        except RuntimeError as error:
-            if self.trainer.world_size > 1 and lost_process(error):
-                raise SystemExit(self._told_lost(error)) from error
+        except (Stopped, CrbpError, DataError, GenerationError, MisconfigurationException):
             raise
         except SystemExit:
             if self.trainer.interrupted:  # the trainer turns Ctrl+C into an exit with status 1
                 raise KeyboardInterrupt from None
             raise
-        except OSError as error:
-            if error.errno not in _UNWRITABLE:
+        except Exception as error:
+            if (said := self._said_of(error)) is None:
                 raise
+            raise said from error
+
+    def _said_of(self, error: Exception) -> BaseException | None:
+        """What to raise in the place of an error that does not say what to do; None where it is not known."""
+        if isinstance(error, RuntimeError) and self.trainer.world_size > 1 and lost_process(error):
+            return SystemExit(self._told_lost(error))
+        if isinstance(error, OSError) and error.errno in _UNWRITABLE:
             # A logger that writes in a thread of its own does not say which file it was.
-            where = error.filename or self.trainer.log_dir or self.trainer.default_root_dir
-            raise StorageError.at(where, error) from error
+            return StorageError.at(error.filename or self.trainer.log_dir or self.trainer.default_root_dir, error)
+        if self._restoring.active and (path := self._settings.get("ckpt_path")):
+            return CrbpError(
+                f"the checkpoint {path} cannot be read or taken up ({one_line(error)}); give one that crbp fit wrote "
+                "with this configuration"
+            )
+        return None
 
     def _told_lost(self, error: RuntimeError) -> str:
         """What to say where this process ends since another one has."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
-import pickle
 import re
-from argparse import ArgumentError
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
 import lightning.pytorch as pl
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 
 import crbp
 from crbp._files import write_whole
+from crbp._torch_file import load_plain
 from crbp.tasks._messages import one_line
 
 _PREFIX = "net."
@@ -105,8 +108,11 @@ def load_trained(path: str | Path, *, trust: Sequence[str] = ("crbp",)) -> tuple
     if not path.is_file():
         raise WeightsError(f"{path} does not exist; crbp fit writes best.safetensors and last.safetensors")
     origin, state = _read_checkpoint(path) if path.suffix == ".ckpt" else _read(path)
-    net = build(nn.Module, origin.net, f"the network described in {path}", trust=trust)
+    what = f"the network described in {path}"
     try:
+        with torch.device("meta"):  # a description that asks for more memory than its weights is refused before it does
+            build(nn.Module, origin.net, what, trust=trust).load_state_dict(state, assign=True)
+        net = build(nn.Module, origin.net, what, trust=trust)
         net.load_state_dict(state)
     except RuntimeError as error:
         raise WeightsError(
@@ -125,13 +131,13 @@ def build(kind: type[T], config: Mapping[str, Any], what: str, *, trust: Sequenc
         WeightsError: if a class outside the packages of ``trust`` is named, or ``what`` cannot be made.
     """
     for name in _class_paths(config):
-        if name.split(".")[0] not in trust:
-            raise WeightsError(f"{what} has the class {name}; pass trust=(…, {name.split('.')[0]!r}) if you trust it")
+        if (package := _package(name, trust)) not in trust:
+            raise WeightsError(f"{what} has the class {name}; pass trust=(…, {package!r}) if you trust it")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(kind, "made", required=True)
     try:
         made = parser.instantiate(parser.parse_object({"made": config})).made
-    except (ArgumentError, ValueError, TypeError) as error:
+    except Exception as error:  # a class fails in any way where it is given nonsense
         raise WeightsError(f"{what} cannot be built by crbp {crbp.__version__}: {one_line(error)}") from error
     assert isinstance(made, kind)
     return made
@@ -143,7 +149,7 @@ def _read(path: Path) -> tuple[Origin, dict[str, Tensor]]:
             metadata = file.metadata() or {}
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a mapping
         net, run = json.loads(metadata["crbp.net"]), json.loads(metadata.get("crbp.run", "{}"))
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise WeightsError(f"{path} cannot be read ({error}); copy or export it again") from error
     except KeyError:
         raise WeightsError(f"{path} does not say which network it is of; save it with crbp.tasks.save_net") from None
@@ -155,7 +161,9 @@ def _read_checkpoint(path: Path) -> tuple[Origin, dict[str, Tensor]]:
     try:
         run = yaml.safe_load(file.read_text(encoding="utf-8"))
         net = run["model"]["init_args"]["net"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        if not isinstance(run, dict):
+            raise TypeError("it is no mapping")
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, RecursionError) as error:
         raise WeightsError(
             f"{path} is to have its run's configuration, with a net, in {file}, which cannot be read "
             f"({one_line(error)}); give the .safetensors file of the run"
@@ -177,9 +185,10 @@ def read_state(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise WeightsError(f"the checkpoint {path} does not exist; crbp fit writes best.ckpt and last.ckpt under runs/")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        weights: dict[str, Tensor] = checkpoint["state_dict"]
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, ValueError, KeyError, TypeError) as error:
+        weights: dict[str, Tensor] = load_plain(path)["state_dict"]
+        if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items()):
+            raise TypeError("its weights are no tensors by name")
+    except Exception as error:  # a broken file is a program that fails in any way
         raise WeightsError(
             f"the checkpoint {path} cannot be read: it is damaged, or not a .ckpt file that crbp fit wrote"
         ) from error
@@ -196,6 +205,30 @@ def _class_paths(config: Any) -> Iterator[str]:
             yield from _class_paths(value)
     elif isinstance(config, str) and _DOTTED.fullmatch(config.strip()):
         yield config.strip()
+
+
+def _package(name: str, trust: Sequence[str]) -> str:
+    """The package that a dotted name leads into: a module of a trusted one may hold others, as by ``import os``."""
+    package, found = name.split(".")[0], None
+    if package in trust and find_spec(package) is not None:
+        with contextlib.suppress(ImportError, AttributeError):
+            found = _resolved(name)
+    owner = found.__name__ if isinstance(found, ModuleType) else getattr(found, "__module__", None)
+    return owner.split(".")[0] if isinstance(owner, str) else package
+
+
+def _resolved(name: str) -> Any:
+    """What a dotted name stands for, the longest part of it that is a module being imported."""
+    parts = name.split(".")
+    for length in range(len(parts), 0, -1):
+        try:
+            found: Any = importlib.import_module(".".join(parts[:length]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[length:]:
+            found = getattr(found, part)
+        return found
+    raise ModuleNotFoundError(name)
 
 
 _DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from crbp.data._foreign import read_json, shown
 from crbp.data.errors import DataError
 
 THINGS = 0  # the semantic label of every thing
@@ -80,10 +80,7 @@ class Categories:
         """
         if not isinstance(source, str | Path):
             return cls(source)
-        try:
-            content = json.loads(Path(source).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise DataError(source, f"cannot be read as JSON ({error})", "give a JSON list of categories") from error
+        content = read_json(source, "give a JSON list of categories")
         if isinstance(content, dict):
             content = content.get("categories")
         if not isinstance(content, list):
@@ -162,24 +159,24 @@ class Categories:
 
 def _category(place: int, entry: Mapping[str, Any]) -> Category:
     if not isinstance(entry, Mapping):
-        raise ValueError(f"category {place} of the list is {entry!r}, not a dict with 'id', 'name' and 'isthing'")
+        raise ValueError(f"category {place} of the list is {shown(entry)}, not a dict with 'id', 'name' and 'isthing'")
     missing = [key for key in ("id", "name", "isthing") if key not in entry]
     if missing:
-        raise ValueError(f"category {place} of the list lacks {', '.join(map(repr, missing))}: {dict(entry)!r}")
+        raise ValueError(f"category {place} of the list lacks {', '.join(map(repr, missing))}: {shown(dict(entry))}")
     id, name, isthing = entry["id"], entry["name"], entry["isthing"]
-    if isinstance(id, bool) or not isinstance(id, int) or id < 0:
-        raise ValueError(f"category {place} of the list has id {id!r}, not a whole number of at least 0")
+    if isinstance(id, bool) or not isinstance(id, int) or not 0 <= id < 1 << 31:
+        raise ValueError(f"category {place} of the list has id {shown(id)}, not a whole number of 0 to 2**31 - 1")
     if not isinstance(name, str) or not name:
-        raise ValueError(f"category {id} has name {name!r}, not a word")
+        raise ValueError(f"category {id} has name {shown(name)}, not a word")
     if isthing not in (0, 1):
-        raise ValueError(f"category {id} ({name}) has isthing {isthing!r}, not 0 or 1")
+        raise ValueError(f"category {id} ({name}) has isthing {shown(isthing)}, not 0 or 1")
     return Category(id, name, bool(isthing), _colour(id, entry["color"]) if "color" in entry else _made_up(place))
 
 
 def _colour(id: int, given: Any) -> tuple[int, int, int]:
     values = tuple(given) if isinstance(given, list | tuple) else ()
     if len(values) != 3 or not all(isinstance(value, int) and 0 <= value <= 255 for value in values):
-        raise ValueError(f"category {id} has color {given!r}, not three whole numbers of 0 to 255")
+        raise ValueError(f"category {id} has color {shown(given)}, not three whole numbers of 0 to 255")
     return values[0], values[1], values[2]
 
 

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from crbp._checks import count
+from crbp.data._foreign import open_image
 from crbp.data._parallel import bar, cores, run
 from crbp.data.errors import DataError
 from crbp.data.panoptic.categories import Categories
@@ -204,13 +204,13 @@ def _look_at(job: _Job) -> _Done:
 def _image_findings(path: Path, record: Record) -> list[Finding]:
     name = f"image {record.image_id}"
     try:
-        with Image.open(path) as image:
+        with open_image(path, "the image", "") as image:
             width, height = image.size
             image.draft("RGB", (1, 1))  # reads all of a JPEG, but computes few of its pixels
             image.load()
             turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)  # by a quarter, as `read_image` turns it
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return [Finding(str(path), name, f"the image cannot be read ({error})")]
+    except DataError as error:
+        return [Finding(str(path), name, error.what)]
     return _size_findings(path, record, (width, height) if turned else (height, width))
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from crbp.data._foreign import open_image
 from crbp.data.errors import DataError
 
 _REMEDY = "fetch or generate it again"
@@ -43,39 +44,60 @@ def rgb_from_ids(ids: NDArray[np.integer[Any]]) -> NDArray[np.uint8]:
     return np.stack([(ids >> shift & 255).astype(np.uint8) for shift in (0, 8, 16)], axis=-1)
 
 
-def read_ids(path: str | Path) -> NDArray[np.int32]:
+def read_ids(path: str | Path, *, told: tuple[int, int, int] | None = None) -> NDArray[np.int32]:
     """The segment numbers ``(H, W)`` of a panoptic PNG.
 
+    Args:
+        path: of the file.
+        told: number, height and width of its image in the JSON; looked at before the pixels are decoded.
+
     Raises:
-        DataError: it is missing, does not decode, or is not a PNG of three colours of 8 bits; names it.
+        DataError: it is missing, does not decode, is not a PNG of three colours of 8 bits, or has another size or more
+            than 2**26 pixels; names it.
     """
-    try:
-        with Image.open(path) as image:
-            if image.format != "PNG" or image.mode != "RGB":
-                raise DataError(
-                    path,
-                    f"is a {image.format} of mode {image.mode}, not a PNG of 8-bit red, green and blue",
-                    "write segment numbers as colours, id = R + 256 G + 256**2 B",
-                )
-            return ids_from_rgb(np.asarray(image))
-    except DataError:
-        raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(path, f"the panoptic PNG cannot be read ({_why(error)})", _REMEDY) from error
+    with open_image(path, "the panoptic PNG", _REMEDY) as image:
+        if image.format != "PNG" or image.mode != "RGB":
+            raise DataError(
+                path,
+                f"is a {image.format} of mode {image.mode}, not a PNG of 8-bit red, green and blue",
+                "write segment numbers as colours, id = R + 256 G + 256**2 B",
+            )
+        if told is not None:
+            check_size(path, "PNG", (image.height, image.width), told)
+        return ids_from_rgb(np.asarray(image))
+
+
+def read_size(path: str | Path) -> tuple[int, int]:
+    """Height and width of a panoptic PNG, of which nothing is decoded.
+
+    Raises:
+        DataError: it is missing or no image; names it.
+    """
+    with open_image(path, "the panoptic PNG", _REMEDY) as image:
+        return image.height, image.width
 
 
 def read_image(path: str | Path) -> Image.Image:
     """An image as red, green and blue, turned as its EXIF orientation says.
 
     Raises:
-        DataError: it is missing or does not decode; names it.
+        DataError: it is missing, does not decode, or has more than 2**26 pixels; names it.
     """
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(path, f"the image cannot be read ({_why(error)})", _REMEDY) from error
+    with open_image(path, "the image", _REMEDY) as image:
+        image.load()
+        return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def check_size(path: str | Path, what: str, size: tuple[int, int], told: tuple[int, int, int]) -> None:
+    """Raise `DataError` unless a file has the height and width that the JSON tells of the image with a number."""
+    number, height, width = told
+    if size != (height, width):
+        raise DataError(
+            path,
+            f"the {what} of image {number} is {size[0]} x {size[1]} pixels (height x width), "
+            f"where the JSON says {height} x {width}",
+            "run crbp data check, which lists all that is wrong",
+        )
 
 
 def png(pixels: NDArray[np.uint8]) -> bytes:
@@ -91,7 +113,3 @@ def run_lengths(mask: NDArray[np.bool_]) -> dict[str, Any]:
     changes = np.flatnonzero(np.diff(flat)) + 1
     counts = np.diff([0, *([0] if flat.size and flat[0] else []), *changes.tolist(), flat.size])
     return {"size": list(mask.shape), "counts": counts.tolist()}
-
-
-def _why(error: BaseException) -> str:
-    return getattr(error, "strerror", None) or str(error)

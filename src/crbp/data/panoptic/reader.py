@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 from crbp.data.errors import DataError
 from crbp.data.panoptic.categories import Categories
 from crbp.data.panoptic.dataset import PanopticDataset, Scene
-from crbp.data.panoptic.formats import read_ids, read_image
+from crbp.data.panoptic.formats import check_size, read_ids, read_image
 from crbp.data.panoptic.records import Record, Records, find_categories, instance_image_ids, load, missing, problems
 from crbp.data.panoptic.transforms import Transform
 
@@ -105,20 +104,11 @@ class CocoPanoptic(PanopticDataset):
         """
         record = self._record(index)
         path = self.labels / record.labels
-        ids = read_ids(path)
+        told = record.image_id, record.height, record.width
+        ids = read_ids(path, told=told)
         places = find_places(path, ids, record.ids)
         image = read_image(self.images / record.image)
-        for what, where, size in (
-            ("PNG", path, ids.shape),
-            ("image", self.images / record.image, (image.height, image.width)),
-        ):
-            if size != (record.height, record.width):
-                raise DataError(
-                    where,
-                    f"the {what} of image {record.image_id} is {size[0]} x {size[1]} pixels (height x width), "
-                    f"where the JSON says {record.height} x {record.width}",
-                    _CHECK,
-                )
+        check_size(self.images / record.image, "image", (image.height, image.width), told)
         return Scene(record.image_id, image, places, record.ids, record.category_ids, record.crowd)
 
     def ground_truth(self, indices: Sequence[int] | None = None) -> dict[str, Any]:
@@ -128,10 +118,17 @@ class CocoPanoptic(PanopticDataset):
         """
         if self.instances is None:
             return super().ground_truth(indices)
-        content: dict[str, Any] = json.loads(self.instances.read_bytes())
+        content = load(self.instances)
         wanted = set((self.image_ids if indices is None else self.image_ids[list(indices)]).tolist())
-        images = [each for each in content["images"] if each["id"] in wanted]
-        annotations = [each for each in content["annotations"] if each["image_id"] in wanted]
+        try:
+            images = [each for each in content["images"] if each["id"] in wanted]
+            annotations = [each for each in content["annotations"] if each["image_id"] in wanted]
+        except (KeyError, TypeError) as error:
+            raise DataError(
+                self.instances,
+                f"an image or annotation lacks its number ({error!r})",
+                "give an instances JSON as COCO has",
+            ) from error
         return {**content, "images": images, "annotations": annotations}
 
     def __repr__(self) -> str:

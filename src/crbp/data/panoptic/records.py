@@ -6,7 +6,6 @@ their reference counts are touched; an array stays shared.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from crbp.data._foreign import leads_out, read_json, shown
 from crbp.data.errors import DataError
 from crbp.data.panoptic.categories import Categories
 
@@ -30,7 +30,8 @@ class Finding:
     what: str
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.id}: {self.what}" if self.id else f"{self.where}: {self.what}"
+        told = f"{self.where}: {self.id}: {self.what}" if self.id else f"{self.where}: {self.what}"
+        return told.encode(errors="backslashreplace").decode()  # a broken name may be no text to print
 
 
 class Record(NamedTuple):
@@ -146,10 +147,7 @@ def load(path: str | Path) -> dict[str, Any]:
     Raises:
         DataError: the file cannot be read or has another structure; names it.
     """
-    try:
-        content = json.loads(Path(path).read_bytes())
-    except (OSError, ValueError) as error:
-        raise DataError(path, f"cannot be read as JSON ({error})", "fetch it again, or give another file") from error
+    content = read_json(path, "fetch it again, or give another file")
     for key in ("images", "annotations"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise DataError(path, f"has no list {key!r}", "give a panoptic JSON such as panoptic_val2017.json")
@@ -184,9 +182,9 @@ def problems(path: str | Path, content: dict[str, Any], categories: Categories) 
         yield from _image_problems(where, image, images)
     seen: set[Any] = set()
     for each in content["annotations"]:
-        lacking = _lacking(each, image_id=int, file_name=str, segments_info=list)
-        if lacking:
-            yield Finding(where, _tell("annotation of image", each, "image_id"), lacking)
+        wrong = lacking(each, image_id=int, file_name=str, segments_info=list)
+        if wrong:
+            yield Finding(where, _tell("annotation of image", each, "image_id"), wrong)
             continue
         name = f"image {each['image_id']} ({each['file_name']})"
         if each["image_id"] not in images:
@@ -202,10 +200,10 @@ def sound(content: dict[str, Any]) -> dict[str, Any]:
     images = {each["id"]: each for each in content["images"] if not any(_image_problems("", each, set()))}
     kept: dict[int, dict[str, Any]] = {}
     for each in content["annotations"]:
-        if not _lacking(each, image_id=int, file_name=str, segments_info=list) and each["image_id"] in images:
+        if not lacking(each, image_id=int, file_name=str, segments_info=list) and each["image_id"] in images:
             segments: dict[int, dict[str, Any]] = {}
             for segment in each["segments_info"]:
-                if not _lacking(segment, id=int, category_id=int) and 0 < segment["id"] < 1 << 24:
+                if not lacking(segment, id=int, category_id=int) and 0 < segment["id"] < 1 << 24:
                     wrong = any(_measure_problems("", "", segment))
                     measured = {} if wrong else {key: segment[key] for key in ("area", "bbox") if key in segment}
                     plain = {key: segment[key] for key in ("id", "category_id", "iscrowd") if key in segment}
@@ -221,7 +219,10 @@ def missing(folder: Path, names: Sequence[str]) -> list[int]:
     for place in range(len(names)):
         path = folder / names[place]
         if path.parent not in listed:
-            listed[path.parent] = {each.name for each in path.parent.iterdir()} if path.parent.is_dir() else set()
+            try:
+                listed[path.parent] = {each.name for each in path.parent.iterdir()}
+            except OSError:
+                listed[path.parent] = set()
         if path.name not in listed[path.parent]:
             found.append(place)
     return found
@@ -237,30 +238,30 @@ def instance_image_ids(path: str | Path) -> NDArray[np.int64]:
     try:
         kept = {each["image_id"] for each in content["annotations"] if not each.get("iscrowd", 0)}
         return np.array(sorted(kept), np.int64)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise DataError(
             path, f"an annotation has no usable 'image_id' ({error!r})", "give an instances JSON such as COCO's"
         ) from error
 
 
 def _image_problems(where: str, image: Any, seen: set[Any]) -> Iterator[Finding]:
-    lacking = _lacking(image, id=int, file_name=str, height=int, width=int)
-    if lacking:
-        yield Finding(where, _tell("image", image, "id"), lacking)
+    wrong = lacking(image, id=int, file_name=str, height=int, width=int)
+    if wrong:
+        yield Finding(where, _tell("image", image, "id"), wrong)
     elif image["id"] in seen:
         yield Finding(where, f"image {image['id']} ({image['file_name']})", "is twice in the list of images")
     elif image["height"] < 1 or image["width"] < 1:
         yield Finding(where, f"image {image['id']}", f"has height {image['height']} and width {image['width']}")
-    if not lacking:
+    if not wrong:
         seen.add(image["id"])
 
 
 def _segment_problems(where: str, name: str, segments: list[Any], categories: Categories) -> Iterator[Finding]:
     seen: set[int] = set()
     for segment in segments:
-        lacking = _lacking(segment, id=int, category_id=int)
-        if lacking:
-            yield Finding(where, f"{name}, {_tell('segment', segment, 'id')}", lacking)
+        wrong = lacking(segment, id=int, category_id=int)
+        if wrong:
+            yield Finding(where, f"{name}, {_tell('segment', segment, 'id')}", wrong)
             continue
         this = f"{name}, segment {segment['id']}"
         if not 0 < segment["id"] < 1 << 24:
@@ -271,7 +272,7 @@ def _segment_problems(where: str, name: str, segments: list[Any], categories: Ca
         if segment["category_id"] not in categories:
             yield Finding(where, this, f"its category {segment['category_id']} is not in the list of categories")
         elif segment.get("iscrowd", 0) not in (0, 1):
-            yield Finding(where, this, f"iscrowd is {segment['iscrowd']!r}, not 0 or 1")
+            yield Finding(where, this, f"iscrowd is {shown(segment['iscrowd'])}, not 0 or 1")
         elif segment.get("iscrowd", 0) and not categories.isthing(segment["category_id"]):
             yield Finding(where, this, f"is a crowd of {categories.name(segment['category_id'])}, which is stuff")
         yield from _measure_problems(where, this, segment)
@@ -280,28 +281,38 @@ def _segment_problems(where: str, name: str, segments: list[Any], categories: Ca
 def _measure_problems(where: str, this: str, segment: dict[str, Any]) -> Iterator[Finding]:
     area, box = segment.get("area", 1), segment.get("bbox", (0, 0, 1, 1))
     if not _number(area):
-        yield Finding(where, this, f"its area is {area!r}, not a number")
+        yield Finding(where, this, f"its area is {shown(area)}, not a number")
     elif area <= 0:
         yield Finding(where, this, f"its area is {area}")
     if not (isinstance(box, list | tuple) and len(box) == 4 and all(map(_number, box))):
-        yield Finding(where, this, f"its bbox is {box!r}, not [x, y, width, height]")
+        yield Finding(where, this, f"its bbox is {shown(box)}, not [x, y, width, height]")
 
 
-def _lacking(entry: Any, **kinds: type) -> str:
-    """What is missing or of another type in an entry, in words; nothing where all is well."""
+def lacking(entry: Any, **kinds: type) -> str:
+    """What is missing, of another type or out of range in an entry, in words; nothing where all is well."""
     if not isinstance(entry, dict):
-        return f"is {type(entry).__name__} {entry!r}, not a dict"
+        return f"is {type(entry).__name__} {shown(entry)}, not a dict"
     for key, kind in kinds.items():
         if key not in entry:
             return f"lacks {key!r}"
-        if not isinstance(entry[key], kind) or isinstance(entry[key], bool):
-            return f"has {key} {entry[key]!r}, not of type {kind.__name__}"
+        value = entry[key]
+        if not isinstance(value, kind) or isinstance(value, bool):
+            return f"has {key} {shown(value)}, not of type {kind.__name__}"
+        if isinstance(value, str) and key == "file_name" and leads_out(value):
+            return f"has file_name {shown(value)}, which leads out of the folder"
+        bits = 63 if key in ("id", "image_id") else 31
+        if isinstance(value, int) and not -(1 << bits) <= value < 1 << bits:
+            return f"has {key} {shown(value)}, which {bits + 1} bits cannot hold"
     return ""
 
 
 def _tell(what: str, entry: Any, key: str) -> str:
-    return f"{what} {entry[key]}" if isinstance(entry, dict) and key in entry else f"an {what}".replace("an s", "a s")
+    return (
+        f"{what} {shown(entry[key])}"
+        if isinstance(entry, dict) and key in entry
+        else f"an {what}".replace("an s", "a s")
+    )
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1 << 63

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from crbp.data._foreign import open_image
 from crbp.data.errors import DataError
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -49,12 +50,9 @@ def read(path: Path, *, size: int | None = None) -> NDArray[np.uint8]:
         DataError: The file is missing or its content does not decode.
     """
     glance(path)
-    try:
-        with Image.open(path) as image:
-            image.load()
-            grey = _grey(image)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise DataError(path, f"the PNG image does not decode ({error})", _AGAIN + " with check='full'") from error
+    with open_image(path, "the PNG image", _AGAIN + " with check='full'", formats=("PNG",)) as image:
+        image.load()
+        grey = _grey(image)
     if size is not None and grey.size != (size, size):
         grey = grey.resize((size, size), Image.Resampling.BOX)
     return np.asarray(grey, dtype=np.uint8)

@@ -19,6 +19,7 @@ from crbp.data._files import (  # noqa: E402
     sha256,
     write_missing,
 )
+from crbp.data._foreign import leads_out  # noqa: E402
 from crbp.data.errors import DataError  # noqa: E402
 from crbp.data.pathfinder._formats import Job, checksum_path, write_batch  # noqa: E402
 from crbp.data.pathfinder.config import STREAM_VERSION, PathfinderConfig, Split, stream_key  # noqa: E402
@@ -104,6 +105,8 @@ def verify(out: str | Path) -> int:
     if not manifests:
         raise DataError(root, "there is no manifest*.json", "give the folder that was written to")
     again = "write with the same arguments makes again what is missing"
+    for name, manifest in manifests.items():
+        _check_manifest(root / name, manifest)
     shards = next(iter(manifests.values()))["shards"]
     for k in range(shards):
         name = _manifest_name((k, shards))
@@ -113,13 +116,26 @@ def verify(out: str | Path) -> int:
     for manifest in manifests.values():
         for name, batch in manifest["batches"].items():
             path = root / name
-            if not path.exists() or sha256(path) != batch["sha256"]:
+            if not path.is_file() or sha256(path) != batch["sha256"]:
                 wrong.append(f"{name} is missing or changed")
             else:
                 wrong += faults(root, path)
     if wrong:
         raise DataError(root, f"{len(wrong)} files are wrong: {'; '.join(wrong[:5])}", again)
     return sum(int(batch["images"]) for m in manifests.values() for batch in m["batches"].values())
+
+
+def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    """Raise `DataError` unless a manifest is one that `write` makes."""
+    shards, batches = manifest["shards"], manifest.get("batches")
+    whole = isinstance(shards, int) and shards > 0 and isinstance(batches, dict)
+    for name, batch in batches.items() if isinstance(batches, dict) else ():
+        known = (
+            isinstance(batch, dict) and isinstance(batch.get("sha256"), str) and isinstance(batch.get("images"), int)
+        )
+        whole = whole and known and not leads_out(name)
+    if not whole:
+        raise DataError(path, "this is not a manifest that was written here", "delete it and write again")
 
 
 def _check(
