@@ -78,7 +78,7 @@ def residual_penalty(run: Run) -> Tensor:
     return moved / torch.where(scale > 0, scale, 1.0)
 
 
-def spectral_penalty(run: Run, *, bound: float = 0.9, iterations: int = 2) -> Tensor:
+def spectral_penalty(run: Run, *, bound: float = 0.95, iterations: int = 2) -> Tensor:
     """Growth of what still moves in the last step of a run, beyond a bound: a spectral estimate, sample by sample.
 
     ``mean_b ((‖Jᵀ v_b‖ − λ)⁺)²`` with ``J = ∂f/∂h`` at ``h_{N−1}``, λ the ``bound`` and ``v_b`` the unit vector that
