@@ -14,10 +14,7 @@ from torch import Tensor
 
 from crbp._torch_file import load_plain
 from crbp.errors import CrbpError
-
-_reconstruct: Any = np.empty(0).__reduce__()[0]
-_scalar: Any = np.float64(0).__reduce__()[0]
-_NUMPY = {"_reconstruct": _reconstruct, "scalar": _scalar}
+from crbp.models.panoptic._pickled_arrays import PickledArray, PickledType, from_buffer, reconstruct, scalar
 
 
 def _latin1(text: str, encoding: str) -> bytes:
@@ -27,29 +24,30 @@ def _latin1(text: str, encoding: str) -> bytes:
     return text.encode(encoding)
 
 
-_frombuffer: Any = np.empty(0).__reduce_ex__(5)[0]
-_ADMITTED: dict[tuple[str, str], Any] = {
-    **{(f"numpy.{core}.numeric", "_frombuffer"): _frombuffer for core in ("core", "_core")},
-    **{(f"numpy.{core}.multiarray", name): made for core in ("core", "_core") for name, made in _NUMPY.items()},
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
+_CORES = ("core", "_core")  # what NumPy calls it before and since 2.0
+_ARRAYS: dict[tuple[str, str], Any] = {
+    **{(f"numpy.{core}.numeric", "_frombuffer"): from_buffer for core in _CORES},
+    **{(f"numpy.{core}.multiarray", "_reconstruct"): reconstruct for core in _CORES},
+    **{(f"numpy.{core}.multiarray", "scalar"): scalar for core in _CORES},
+    ("numpy", "ndarray"): PickledArray,
+    ("numpy", "dtype"): PickledType,
+}
+_ADMITTED = _ARRAYS | {
     ("collections", "OrderedDict"): OrderedDict,
     ("_codecs", "encode"): _latin1,
+    ("__builtin__", "bytes"): lambda: b"",  # which protocol 2 writes as a call
 }
-# For `torch.load`: what is admitted above, and the kinds of numbers.
-_NUMBERS: tuple[Any, ...] = (
-    *((made, f"{module}.{name}") for (module, name), made in _ADMITTED.items() if module.startswith("numpy.")),
-    np.ndarray,
-    np.dtype,
-    *{type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "b1")},
-)
+_FILLED = (PickledArray, PickledType, OrderedDict)  # what a pickle may give a state
 
 
 class CheckpointError(CrbpError, ValueError):
     """A file of weights cannot be read, or does not fit the model."""
 
 
-class _ArraysOnly(pickle._Unpickler):
+_Unpickler: Any = pickle._Unpickler
+
+
+class _ArraysOnly(_Unpickler):
     """Makes arrays of numbers and plain containers, and refuses to look up anything else.
 
     In Python, since the compiled class takes 32 GiB where ten bytes name a large place of its memory.
@@ -60,6 +58,13 @@ class _ArraysOnly(pickle._Unpickler):
             return _ADMITTED[module, name]
         except KeyError:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no array or container") from None
+
+    def _load_build(self) -> None:
+        if type(self.stack[-2]) not in _FILLED:
+            raise pickle.UnpicklingError(f"it changes a {type(self.stack[-2]).__name__}")
+        super().load_build()
+
+    dispatch = {**_Unpickler.dispatch, pickle.BUILD[0]: _load_build}  # noqa: RUF012
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -76,7 +81,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
                 found = _ArraysOnly(file, encoding="latin1").load()
         else:
             # Schedulers and optimisers of older checkpoints hold numbers of numpy.
-            found = load_plain(path, admitted=_NUMBERS)
+            numbers = tuple((made, f"{module}.{name}") for (module, name), made in _ARRAYS.items())
+            found = load_plain(path, admitted=numbers)
     except Exception as error:  # a broken file is a program that fails in any way
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise CheckpointError(f"{path} cannot be read: {reason}; only tensors, arrays and containers are") from error
@@ -99,8 +105,10 @@ def tensors(found: Mapping[str, Any]) -> dict[str, Tensor]:
     for name, value in found.items():
         if isinstance(value, Tensor):
             table[name] = value
-        elif isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "fiub":
-            table[name] = torch.from_numpy(np.array(value))
+            continue
+        array = value.values if isinstance(value, PickledArray) else value
+        if isinstance(array, np.ndarray | np.generic) and array.dtype.kind in "fiub":
+            table[name] = torch.from_numpy(np.array(array))
         elif not isinstance(value, str):
             others.append(f"{name} ({type(value).__name__})")
     if others:
