@@ -227,6 +227,7 @@ def _run(root: Path) -> None:
     task = ContourTask(_net(), penalty=LipschitzPenalty(weight=1.0))
     trainer.strategy.connect(task)
     trainer.strategy._lightning_module = task
+    task.trainer = trainer
     (root / "run" / "checkpoints").mkdir(parents=True)
     (root / "run" / "config.yaml").write_bytes((root / "a.yaml").read_bytes())
     trainer.save_checkpoint(root / "run" / "checkpoints" / "last.ckpt")
