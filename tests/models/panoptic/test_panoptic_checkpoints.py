@@ -246,6 +246,7 @@ def test_only_arrays_and_containers_are_looked_up(tmp_path, module, name):
         (b"nonsense", "cannot be read"),
         (pickle.dumps([1, 2]), "holds a list"),
         (pickle.dumps({"model": {"a": [1]}}), r"no array of numbers: a \(list\)"),
+        (pickle.dumps({3: np.zeros(2)}), "the name 3, which is no text"),
         (pickle.dumps({"a": np.array(["x"])}), r"an array of 'U1', which are no numbers"),
     ],
 )

@@ -103,6 +103,8 @@ def tensors(found: Mapping[str, Any]) -> dict[str, Tensor]:
             break
     table, others = {}, []
     for name, value in found.items():
+        if not isinstance(name, str):
+            raise CheckpointError(f"the weights have the name {name!r}, which is no text")
         if isinstance(value, Tensor):
             table[name] = value
             continue
