@@ -16,7 +16,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import yaml
-from _rows import ROOT, train_all
+from _runs import ROOT, train_all
 
 from crbp.models import RFPN
 from crbp.tasks import PanopticData, PanopticTask, load_net

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from _rows import ROOT, add_rows, label, wanted
+from _runs import ROOT, add_rows, label, wanted
 from matplotlib.figure import Figure
 from panoptic import CONFIGS
 

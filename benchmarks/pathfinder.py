@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from _rows import ROOT, crbp, train_all
+from _runs import ROOT, crbp, train_all
 from torch import Tensor
 
 from crbp.analysis.trajectory import BATCH, follow

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from _rows import ROOT, add_rows, label, wanted
+from _runs import ROOT, add_rows, label, wanted
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D

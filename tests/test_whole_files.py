@@ -32,9 +32,14 @@ SIZE = 2_000_000  # numbers of a checkpoint: it takes milliseconds to write
 
 
 def in_child(work: Callable[..., Any], *arguments: Any) -> Any:
-    child = multiprocessing.get_context("fork").Process(target=work, args=arguments)
+    child = multiprocessing.get_context("fork").Process(target=on_one_thread, args=(work, *arguments))
     child.start()
     return child
+
+
+def on_one_thread(work: Callable[..., Any], *arguments: Any) -> None:
+    torch.set_num_threads(1)  # those that torch had before the fork are not in the child, which would wait for them
+    work(*arguments)
 
 
 def save_on_and_on(path: Path) -> None:
@@ -86,13 +91,14 @@ def with_small_disk(limit: int, work: Callable[[], Any], found: Any) -> None:
 def test_a_full_disk_leaves_the_last_checkpoint_and_no_half_one(tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
     WholeCheckpoints().save_checkpoint({"step": 1}, path)
-    before, found = path.read_bytes(), multiprocessing.get_context("fork").SimpleQueue()
+    before, found = path.read_bytes(), multiprocessing.get_context("fork").Queue()
 
     def save() -> None:
         WholeCheckpoints().save_checkpoint({"step": 2, "numbers": torch.zeros(SIZE)}, path)
 
-    in_child(with_small_disk, 100_000, save, found).join()
-    message = found.get()
+    child = in_child(with_small_disk, 100_000, save, found)
+    message = found.get(timeout=60)
+    child.join()
     assert message.startswith(f"{path} cannot be written (File too large); make room on its disk")
     assert path.read_bytes() == before
     assert [each.name for each in tmp_path.iterdir()] == ["last.ckpt"]

@@ -26,7 +26,7 @@ def results(load_script: Callable[[str], ModuleType]) -> Any:
 
 @pytest.fixture
 def runner(load_script: Callable[[str], ModuleType]) -> Any:
-    return load_script("benchmarks/_rows.py")
+    return load_script("benchmarks/_runs.py")
 
 
 def test_an_unknown_row_is_named(script: Any, runner: Any) -> None:
