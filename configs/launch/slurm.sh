@@ -33,13 +33,14 @@ if [[ -e $last ]]; then
 fi
 if [[ -n ${DATA:-} ]]; then
   local_data=${TMPDIR:-/tmp}/crbp-$SLURM_JOB_ID
-  srun --ntasks="$SLURM_NNODES" --ntasks-per-node=1 cp --recursive --update "$DATA" "$local_data"
+  srun --ntasks="$SLURM_NNODES" --ntasks-per-node=1 \
+    cp --recursive --update --preserve=timestamps --no-target-directory "$DATA" "$local_data"
   options+=(--data.source.root "$local_data")
 fi
 
 # Where a process is lost, the others are ended a minute later, and the job fails.
 status=0
-srun --wait=60 crbp fit "${options[@]}" "$@" || status=$?
+srun --wait=60 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" crbp fit "${options[@]}" "$@" || status=$?
 if ((status == 128 + $(kill -l USR1))); then
   scontrol requeue "$SLURM_JOB_ID"
 fi

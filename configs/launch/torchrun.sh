@@ -5,7 +5,7 @@
 #   configs/launch/torchrun.sh CONFIG [OPTIONS OF crbp fit]
 #   NODES=2 NODE=0 MASTER=first configs/launch/torchrun.sh CONFIG
 #
-# Called again, it goes on from the state that was saved last. Where a process is lost, torchrun ends the others. SIGTERM
+# Called again, it goes on from the state that was saved last, which all machines have to see: runs/ must be shared. Where a process is lost, torchrun ends the others. SIGTERM
 # saves the state first; what a batch and the saving take must be less than the time given here.
 set -euo pipefail
 

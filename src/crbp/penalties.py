@@ -108,7 +108,10 @@ def spectral_penalty(run: Run, *, bound: float = 0.95, iterations: int = 2) -> T
     before, after = run.last_step()
     shapes = [tuple(leaf.shape) for leaf in after]
     if len({shape[:1] for shape in shapes}) != 1 or not shapes[0]:
-        raise StateError(f"the tensors of the state need one first dimension, that of the samples, not shapes {shapes}")
+        raise StateError(
+            f"the tensors of the state need one first dimension, that of the samples, not shapes {shapes}; leave the "
+            "spectral penalty out (spectral_weight=0) where a state has none"
+        )
     with torch.no_grad():
         vector = _unit(tuple(new - old for old, new in zip(before, after, strict=True)))
         for _ in range(iterations):

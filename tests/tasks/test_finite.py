@@ -229,6 +229,18 @@ def test_skipping_comes_to_an_end(tmp_path: Path) -> None:
         fit(tmp_path, tiny_task(), tiny_data(), Break("net.readout.bias", 1), NonFinite("skip"))
 
 
+@pytest.mark.filterwarnings("ignore::crbp.NonFiniteWarning")
+def test_restoring_comes_to_an_end_where_every_step_breaks_the_weights(tmp_path: Path) -> None:
+    class Late(BreakAfter):
+        def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+            if trainer.current_epoch:  # there is a checkpoint to restore from then on
+                super().on_train_batch_end(trainer, pl_module)
+
+    callbacks = Late(), NonFinite("restore", most_in_a_row=3), LastCheckpoint()
+    with pytest.raises(crbp.NonFiniteError, match=r"for more than 3 steps in a row"):
+        fit(tmp_path, tiny_task(), tiny_data(), *callbacks, max_epochs=2)
+
+
 def test_the_count_outlives_a_resumption() -> None:
     check, resumed = NonFinite("skip"), NonFinite("skip")
     check.found = 4

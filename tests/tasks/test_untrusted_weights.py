@@ -112,6 +112,18 @@ def test_weights_name_no_function_of_another_package(tmp_path: Path, name: str) 
         load_net(tmp_path / "a.safetensors")
 
 
+@pytest.mark.parametrize("text", ['{"class_path": "stranger.Model"}', "{class_path: stranger.Model}", "file"])
+def test_weights_hide_no_class_in_a_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    (tmp_path / "stranger.py").write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'imported')!r}).touch()\n")
+    (tmp_path / "file").write_text("class_path: stranger.Model")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    save_net(tiny_net().state_dict(), tmp_path / "a.safetensors", described(text))
+    with pytest.raises(WeightsError, match="read as a configuration of its own"):
+        load_net(tmp_path / "a.safetensors")
+    assert not (tmp_path / "imported").exists()
+
+
 def test_a_description_larger_than_its_weights_takes_no_memory(tmp_path: Path) -> None:
     cell = {"class_path": "crbp.cells.HGRU", "init_args": {"channels": 1_000_000, "kernel_size": 3, "horizon": 4}}
     save_net(tiny_net().state_dict(), tmp_path / "a.safetensors", described(cell))
@@ -152,8 +164,13 @@ def test_a_run_whose_configuration_is_broken_is_told(tmp_path: Path, text: str) 
 
 @pytest.mark.parametrize(
     "program",
-    [b"\x80\x02}r\xff\xff\xff\x7f.", b"\x80\x02)a.", b"\x80\x02c_codecs\nencode\nX\x01\0\0\0aX\x03\0\0\0hex\x86R."],
-    ids=["memory", "append to a tuple", "another encoding"],
+    [
+        b"\x80\x05\x96" + (2**50).to_bytes(8, "little"),
+        b"\x80\x02}r\xff\xff\xff\x7f.",
+        b"\x80\x02)a.",
+        b"\x80\x02c_codecs\nencode\nX\x01\0\0\0aX\x03\0\0\0hex\x86R.",
+    ],
+    ids=["bytes", "memory", "append to a tuple", "another encoding"],
 )
 def test_a_pickle_that_is_no_table_of_arrays_is_told(tmp_path: Path, program: bytes) -> None:
     (tmp_path / "a.pkl").write_bytes(program)

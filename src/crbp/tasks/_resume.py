@@ -186,9 +186,9 @@ class ResumableData(pl.LightningDataModule):
         # does; the data module is handed its own in any case.
         self._resume = state_dict or None
         fitting = self.trainer is not None and self.trainer.state.fn is TrainerFn.FITTING
-        if fitting and state_dict and state_dict.get("step") != (here := self._images_per_step()):
+        if fitting and "step" in state_dict and state_dict["step"] != (here := self._images_per_step()):
             raise SettingsError(
-                f"the checkpoint was trained with {state_dict.get('step')} images an optimiser step, this run has "
+                f"the checkpoint was trained with {state_dict['step']} images an optimiser step, this run has "
                 f"{here}, for which its rate and schedule are not made; choose data.batch_size, devices and "
                 "trainer.accumulate_grad_batches so that their product is the same"
             )

@@ -86,7 +86,7 @@ def run(arguments: list[str]) -> None:
 def _trust(arguments: list[str]) -> list[str]:
     """Say which packages classes may come from; the arguments without those of ``--trust``."""
     parser = Parser(prog="crbp", add_help=False, allow_abbrev=False)
-    parser.add_argument("--trust", nargs="+", default=[])
+    parser.add_argument("--trust", nargs="+", action="extend", default=[])
     found, others = parser.parse_known_args(arguments)
     try:
         set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=[*_TRUSTED, *found.trust])
@@ -215,7 +215,8 @@ class _CommandLine(LightningCLI):
                 chosen.append(
                     ModelCheckpoint(filename="best", monitor=monitor, mode="max", enable_version_counter=False)
                 )
-                chosen += [last := LastCheckpoint(), StopOnSignal(last)]
+            last = next((each for each in given if isinstance(each, LastCheckpoint)), None) or LastCheckpoint()
+            chosen += [StopOnSignal(last)] if last in given else [last, StopOnSignal(last)]
             if (origin := self._origin()) is not None:
                 chosen.append(SafetensorsExport(origin, monitor=monitor))
         return chosen

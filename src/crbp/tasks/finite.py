@@ -50,7 +50,7 @@ class NonFinite(pl.Callback):
         self.policy, self.most_in_a_row = policy, most_in_a_row
         self.found = 0
         self._in_a_row = 0
-        self._stepped = False
+        self._stepped = self._mended = False
         self._fault: str | None = None  # of the batches since the last step of the optimiser
         self._batch: tuple[Any, int] | None = None
         self._buffers: list[tuple[Tensor, Tensor]] | None = None
@@ -82,6 +82,8 @@ class NonFinite(pl.Callback):
         """Look at how the backward equation was solved."""
         report = pl_module.training_report() if isinstance(pl_module, ResumableModule) else None
         backward = report.backward if report is not None else None
+        if _scaled(trainer):  # the series of a scaled loss overflows as its gradients do
+            return
         if self._fault is None and backward is not None and backward.stop is StopReason.NOT_FINITE:
             if backward.fell_back:
                 return  # to a solution that is finite
@@ -95,13 +97,11 @@ class NonFinite(pl.Callback):
     ) -> None:
         """Look at the gradients; step, or do as the policy says."""
         self._stepped = True
-        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if self._fault is None and not scaled and not _finite(gradients):
+        if self._fault is None and not _scaled(trainer) and not _finite(gradients):
             self._fault = self._of_gradient(trainer, pl_module)
-        if _agreed(trainer, self._fault is None):
-            self._in_a_row = 0
-        else:
+        self._mended = not _agreed(trainer, self._fault is None)
+        if self._mended:
             self._mend(trainer, optimizer, self._fault)
         self._fault = self._buffers = None
         if self.policy != "raise":
@@ -115,7 +115,9 @@ class NonFinite(pl.Callback):
         if not self._stepped:
             return
         self._stepped = False
-        self._look_at_weights(trainer, pl_module, f"after step {trainer.global_step}: ")
+        fine = self._look_at_weights(trainer, pl_module, f"after step {trainer.global_step}: ")
+        if fine and not self._mended:
+            self._in_a_row = 0
 
     def state_dict(self) -> dict[str, int]:
         """How often something was not finite."""
@@ -125,15 +127,17 @@ class NonFinite(pl.Callback):
         """Count on."""
         self.found = state_dict["found"]
 
-    def _look_at_weights(self, trainer: pl.Trainer, module: pl.LightningModule, where: str) -> None:
+    def _look_at_weights(self, trainer: pl.Trainer, module: pl.LightningModule, where: str) -> bool:
+        """Whether they are finite on all processes; where they are not, the policy is carried out."""
         fault = None
         if not _finite([p.detach() for p in module.parameters()]):
             fault = f"{where}{_named(module.named_parameters())} not finite; {_LOWER}"
         if _agreed(trainer, fault is None):
-            return
+            return True
         if self.policy == "skip":
             raise NonFiniteError(fault or _ELSEWHERE)
         self._mend(trainer, trainer.optimizers[0], fault)
+        return False
 
     def _tell(self, trainer: pl.Trainer, fault: str) -> None:
         """Note the first fault since the last step, or end with it at once."""
@@ -191,6 +195,11 @@ def _named(tensors: Iterable[tuple[str, Tensor | None]]) -> str:
     names = [name for name, each in tensors if each is not None and not _finite([each.detach().float()])]
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return f"{', '.join(names[:_NAMED])}{more} {'is' if len(names) == 1 else 'are'}" if names else ""
+
+
+def _scaled(trainer: pl.Trainer) -> bool:
+    """Whether a scaler of 16-bit floats looks for gradients that overflow."""
+    return getattr(trainer.precision_plugin, "scaler", None) is not None
 
 
 def _floats(batch: Any) -> list[tuple[Any, Tensor]]:

@@ -130,7 +130,9 @@ def build(kind: type[T], config: Mapping[str, Any], what: str, *, trust: Sequenc
     Raises:
         WeightsError: if a class outside the packages of ``trust`` is named, or ``what`` cannot be made.
     """
-    for name in _class_paths(config):
+    if hidden := next((text for text in _texts(config) if _is_configuration(text)), None):
+        raise WeightsError(f"{what} has the text {hidden[:80]!r}, which would be read as a configuration of its own")
+    for name in (text.strip() for text in _texts(config) if _DOTTED.fullmatch(text.strip())):
         if (package := _package(name, trust)) not in trust:
             raise WeightsError(f"{what} has the class {name}; pass trust=(…, {package!r}) if you trust it")
     parser = ArgumentParser(exit_on_error=False)
@@ -195,16 +197,24 @@ def read_state(path: Path) -> dict[str, Tensor]:
     return weights
 
 
-def _class_paths(config: Any) -> Iterator[str]:
-    """Every text in a configuration that may name a class, under ``class_path`` or in place of that."""
+def _texts(config: Any) -> Iterator[str]:
+    """Every text in a configuration; any may name a class, under ``class_path`` or in place of that."""
     if isinstance(config, Mapping):
         for value in config.values():
-            yield from _class_paths(value)
+            yield from _texts(value)
     elif isinstance(config, list | tuple):
         for value in config:
-            yield from _class_paths(value)
-    elif isinstance(config, str) and _DOTTED.fullmatch(config.strip()):
-        yield config.strip()
+            yield from _texts(value)
+    elif isinstance(config, str):
+        yield config
+
+
+def _is_configuration(text: str) -> bool:
+    """Whether a parser would take a text for what is written in it, or in the file that it names."""
+    try:
+        return isinstance(yaml.safe_load(text), dict | list) or Path(text).is_file()
+    except (yaml.YAMLError, RecursionError, OSError, ValueError):
+        return True
 
 
 def _package(name: str, trust: Sequence[str]) -> str:

@@ -64,7 +64,15 @@ class _ArraysOnly(_Unpickler):
             raise pickle.UnpicklingError(f"it changes a {type(self.stack[-2]).__name__}")
         super().load_build()
 
-    dispatch = {**_Unpickler.dispatch, pickle.BUILD[0]: _load_build}  # noqa: RUF012
+    def _load_bytearray8(self) -> None:
+        # Python's own makes room for as many bytes as it is told before it reads any.
+        self.append(bytearray(self.read(int.from_bytes(self.read(8), "little"))))
+
+    dispatch = {  # noqa: RUF012
+        **_Unpickler.dispatch,
+        pickle.BUILD[0]: _load_build,
+        pickle.BYTEARRAY8[0]: _load_bytearray8,
+    }
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
