@@ -153,7 +153,9 @@ def test_a_backward_series_that_overflows_is_named(tmp_path: Path, solver: crbp.
 
 def test_gradients_that_are_large_but_finite_pass(tmp_path: Path) -> None:
     broken = Break("net.readout.bias", 1, gradient=True, value=1e30)  # its square is not finite
-    fit(tmp_path, tiny_task(), tiny_data(), broken, NonFinite(), gradient_clip_val=1.0, max_steps=2)
+    check = NonFinite("skip")
+    made = fit(tmp_path, tiny_task(), tiny_data(), broken, check, gradient_clip_val=1.0, max_steps=2)
+    assert (made.global_step, check.found) == (2, 0)
 
 
 class BreakAfter(pl.Callback):

@@ -159,6 +159,8 @@ class ResumableData(pl.LightningDataModule):
     """
 
     batch_size: int
+    workers: int
+    seed: int
 
     def __init__(self) -> None:
         super().__init__()
@@ -192,6 +194,17 @@ class ResumableData(pl.LightningDataModule):
                 f"{here}, for which its rate and schedule are not made; choose data.batch_size, devices and "
                 "trainer.accumulate_grad_batches so that their product is the same"
             )
+
+    def loader_settings(self) -> dict[str, Any]:
+        """What every loader of this data is made with."""
+        return {
+            "batch_size": self.batch_size,
+            "num_workers": self.workers,
+            "persistent_workers": self.workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+            # A generator of the loader's own: starting an iteration must not draw from the numbers of training.
+            "generator": torch.Generator().manual_seed(self.seed),
+        }
 
     def _images_per_step(self) -> int:
         """Images of an optimiser step, over all processes and accumulated batches."""

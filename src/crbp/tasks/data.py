@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-import torch
 from torch.utils.data import DataLoader, Dataset
 
 from crbp._checks import count
+from crbp.data._parallel import cores
 from crbp.tasks._resume import ResumableData
 from crbp.tasks.sampling import EpochSampler, Flipped, Followed, ResumableLoader
 
@@ -215,7 +214,7 @@ class ContourData(ResumableData):
 
     def train_dataloader(self) -> ResumableLoader:
         """Shuffled batches, all of the same size."""
-        return self.resumed(ResumableLoader(*self._parts("train"), drop_last=True, **self._settings()))
+        return self.resumed(ResumableLoader(*self._parts("train"), drop_last=True, **self.loader_settings()))
 
     def val_dataloader(self) -> DataLoader[Any]:
         """The validation split in order, each image once."""
@@ -231,7 +230,7 @@ class ContourData(ResumableData):
 
     def _ordered(self, split: Split) -> DataLoader[Any]:
         items, sampler = self._parts(split)
-        return DataLoader(items, sampler=sampler, **self._settings())
+        return DataLoader(items, sampler=sampler, **self.loader_settings())
 
     def _parts(self, split: Split) -> tuple[Flipped, EpochSampler]:
         """A split and the share of it that this process takes."""
@@ -255,18 +254,7 @@ class ContourData(ResumableData):
         )
         return Flipped(items), sampler
 
-    def _settings(self) -> dict[str, Any]:
-        return {
-            "batch_size": self.batch_size,
-            "num_workers": self.workers,
-            "persistent_workers": self.workers > 0,
-            "pin_memory": torch.cuda.is_available(),
-            # A generator of the loader's own: starting an iteration must not draw from the numbers of training.
-            "generator": torch.Generator().manual_seed(self.seed),
-        }
-
 
 def spare_cores() -> int:
     """Processes that may make batches beside this one: none where there are two cores or fewer."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores - 1, 8) if cores > 2 else 0
+    return min(cores() - 1, 8) if cores() > 2 else 0

@@ -253,7 +253,7 @@ class PanopticData(ResumableData):
             raise DataError(
                 "data.source", f"{len(items)} training images make no batch of {self.batch_size}", "lower batch_size"
             )
-        loader = ResumableLoader(items, sampler, collate_fn=_together, drop_last=True, **self._settings())
+        loader = ResumableLoader(items, sampler, collate_fn=_together, drop_last=True, **self.loader_settings())
         return self.resumed(loader)
 
     def val_dataloader(self) -> DataLoader[Any]:
@@ -275,7 +275,7 @@ class PanopticData(ResumableData):
 
     def _ordered(self, items: Dataset[Any], size: int) -> DataLoader[Any]:
         # One image at a time: padding to a batch's largest image would cost more than the batch saves.
-        settings = {**self._settings(), "batch_size": 1}
+        settings = {**self.loader_settings(), "batch_size": 1}
         return DataLoader(items, sampler=self._sampler(size, training=False), collate_fn=_only, **settings)
 
     def _sampler(self, size: int, *, training: bool) -> ImageSampler:
@@ -288,16 +288,6 @@ class PanopticData(ResumableData):
             rank=trainer.global_rank if trainer else 0,
             world_size=trainer.world_size if trainer else 1,
         )
-
-    def _settings(self) -> dict[str, Any]:
-        return {
-            "batch_size": self.batch_size,
-            "num_workers": self.workers,
-            "persistent_workers": self.workers > 0,
-            "pin_memory": torch.cuda.is_available(),
-            # A generator of the loader's own: starting an iteration must not draw from the numbers of training.
-            "generator": torch.Generator().manual_seed(self.seed),
-        }
 
 
 class ImageSampler(EpochSampler):
