@@ -91,6 +91,14 @@ def plain(*arguments: str) -> Job:
     return Job(lambda resume: list(arguments), folder_result)
 
 
+def logged(command: str) -> Job:
+    """An evaluation, which leaves a table of its measures."""
+    logger = ["--trainer.logger", "lightning.pytorch.loggers.CSVLogger"]
+    settings = {"save_dir": ".", "name": "measured", "version": "once"}
+    named = (part for key, value in settings.items() for part in (f"--trainer.logger.{key}", value))
+    return trained(command, *logger, *named)
+
+
 def trained(command: str, *arguments: str) -> Job:
     """A command that looks at what the first job has trained."""
     given = ("--config", str(TRAINED / "config.yaml"), "--ckpt_path", str(TRAINED / "checkpoints" / "best.ckpt"))
@@ -106,6 +114,8 @@ JOBS = {
     ),
     "generate shapes": plain("generate", "shapes", "--images", "60,10", "--size", "128", "--jobs", "1", "--out", "set"),
     "predict": trained("predict", "--trainer.logger", "false", "--out", "seen"),
+    "validate": logged("validate"),
+    "test": logged("test"),
     "analyze": trained(
         *("analyze", str(TRAINED / "weights" / "last.safetensors"), "--images", "4", "--steps", "8", "--out", "page")
     ),
