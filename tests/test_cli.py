@@ -64,7 +64,8 @@ def test_help_of_a_command(command: str, capsys: pytest.CaptureFixture[str]) -> 
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
     assert stop.value.code == 0
-    assert f"crbp {command}" in capsys.readouterr().out or command == "fit"
+    shown = capsys.readouterr().out
+    assert "--trust PACKAGE" in shown if command == "fit" else f"crbp {command}" in shown
 
 
 MISTAKES = [
@@ -152,8 +153,14 @@ def test_from_training_to_predictions(tmp_path: Path, capsys: pytest.CaptureFixt
     net: Any = load_net(run / "weights" / "best.safetensors")
     assert net.evolve.steps == 3
 
-    # A resumed run goes on in its own folder, with what the command line adds.
+    # A run that was killed between its last checkpoint and its last weights has these when it is resumed.
     last = str(run / "checkpoints" / "last.ckpt")
+    weights = load_net(run / "weights" / "last.safetensors").state_dict()
+    (run / "weights" / "last.safetensors").unlink()
+    assert main(["fit", *TINY, "--ckpt_path", last]) == 0
+    torch.testing.assert_close(load_net(run / "weights" / "last.safetensors").state_dict(), weights, rtol=0, atol=0)
+
+    # A resumed run goes on in its own folder, with what the command line adds.
     assert main(["fit", *TINY, "--trainer.max_epochs", "2", "--ckpt_path", last]) == 0
     assert [path.name for path in run.parent.iterdir()] == ["version_0"]
     assert torch.load(last, weights_only=True)["global_step"] == 4

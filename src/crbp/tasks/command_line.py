@@ -126,6 +126,7 @@ class _CommandLine(LightningCLI):
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        parser.epilog = f"--trust PACKAGE …: whose classes may be named, besides those of {', '.join(_TRUSTED)}"
         if subcommand == "predict":
             parser.add_argument("--out", type=str, default="predictions", help="Folder to write to.")
             # They go to disk batch by batch; kept as well, they would fill the memory.

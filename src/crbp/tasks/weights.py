@@ -270,8 +270,12 @@ class SafetensorsExport(pl.Callback):
             self.best = float(score)
         self._write(trainer, ("last", "best") if better else ("last",))
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write the weights of the end, where no validation has."""
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the weights of the end, where no validation has.
+
+        The end of training would be too early: a run that was killed after its last checkpoint, and before these
+        weights, has nothing left to train when it is resumed.
+        """
         if trainer.global_step != self._written and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._write(trainer, ("last",))
 
