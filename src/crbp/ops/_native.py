@@ -92,4 +92,5 @@ def _cache() -> Path:
 
 
 def _run(command: list[str]) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+    # On a machine with much else to do, some seconds have been seen to become two minutes.
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=600).stdout
