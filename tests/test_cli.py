@@ -73,6 +73,10 @@ MISTAKES = [
     (["fit"], "required: fit.data, fit.model (see crbp fit --help"),
     (["fit", "--config", "absent.yaml"], "File does not exist"),
     (["fit", *TINY, "--model.net.cell", "crbp.cells.HGRUU"], "has no attribute 'HGRUU'; it has HGRU"),
+    (
+        ["fit", *TINY, "--seed_everything", "9223372036854775807"],
+        "seed_everything: 9223372036854775807 is not in bounds",
+    ),
     (["fit", *TINY, "--model.lerning_rate", "1"], "Option 'lerning_rate' is not accepted"),
     (["fit", *TINY, "--trainer.max_epoch", "1"], "--trainer.max_epoch"),
     (["fit", *TINY, "--model.net.evolve.steps", "-3"], "steps must be a whole number of at least 1, not -3"),

@@ -146,6 +146,12 @@ class _CommandLine(LightningCLI):
         if self._settings.get("weights_only") is False:
             raise CrbpError("weights_only=False would run what a checkpoint holds; leave it out")
 
+    def _set_seed(self) -> None:
+        try:
+            super()._set_seed()
+        except ValueError as error:
+            raise CrbpError(f"seed_everything: {one_line(error)}") from error
+
     def _parse_ckpt_path(self) -> None:
         """Look at the checkpoint before anything is built; what it says of settings does not override the config's."""
         path = self._settings.get("ckpt_path")
