@@ -69,19 +69,9 @@ sys.exit(main(["doctor"]))
 
 def test_with_torch_alone_it_says_what_to_install_and_fails(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(SRC),
-        "CXX": "no-such-compiler",
-        "XDG_CACHE_HOME": f"{tmp_path}/file",
-    }
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", BARE],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, **broken},
-    )
+    broken = {"PYTHONPATH": str(SRC), "CXX": "no-such-compiler", "XDG_CACHE_HOME": str(tmp_path / "file")}
+    command, environment = [sys.executable, "-W", "ignore", "-c", BARE], {**os.environ, **broken}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 1, done.stderr
     assert "lightning         missing           train     at least 2.6 is needed; run: pip install 'crbp[train]'" in (
         done.stdout
