@@ -74,6 +74,13 @@ def _bench(arguments: list[str]) -> None:
     bench(arguments)
 
 
+def _export(arguments: list[str]) -> None:
+    _need("train", "lightning", "jsonargparse", "torchmetrics", "safetensors", "PIL")
+    from crbp._export_command import main as export
+
+    export(arguments)
+
+
 def _doctor(arguments: list[str]) -> int:
     from crbp.doctor import main as doctor
 
@@ -128,6 +135,11 @@ COMMANDS = {
         "count the parameters of a panoptic model", "crbp model-summary rfpn --depth 50", _model_summary
     ),
     "bench": _Command("measure speed and memory beside the textbook C-RBP", "crbp bench --out bench", _bench),
+    "export": _Command(
+        "write a contour-tracing network, its steps fixed, as a file that runs without crbp",
+        "crbp export runs/NAME/version_0/weights/best.safetensors --format onnx --steps 20 --out net.onnx",
+        _export,
+    ),
     "doctor": _Command("say what is installed, what is missing and what the machine has", "crbp doctor", _doctor),
 }
 
@@ -136,7 +148,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status.
 
     0 is success, 1 the answer of `crbp doctor` where training would not work, 2 a mistake in what was asked for, told
-    in one line on standard error, and 130 a run that the user broke off. Anything else that goes wrong is a fault of crbp and shows its traceback.
+    in one line on standard error, and 130 a run that the user broke off. Anything else that goes wrong is a fault of
+    crbp and shows its traceback.
 
     Args:
         argv: the arguments without the program's name; None takes those of the process.
