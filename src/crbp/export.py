@@ -54,13 +54,14 @@ class FixedSteps(nn.Module):
             )
         if steps is not None:
             count("steps", steps)
-        self.net = copy.deepcopy(net).eval().requires_grad_(False)
+        self.net = copy.deepcopy(net).requires_grad_(False)
         self.steps = steps or net.evolve.steps
         for module in self.net.modules():
             if isinstance(module, Conv2d):
                 module.method = "direct"
             if isinstance(module, HGRU):
                 module.fused = False
+        self.eval()
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits ``(B, 2, H, W)`` of images ``(B, 1, H, W)`` in [0, 1]."""
