@@ -228,5 +228,5 @@ def test_as_a_process() -> None:
     assert done.stdout == ""
     assert done.stderr.splitlines() == [
         "crbp: error: 'fitt' is no command of crbp; choose one of fit, validate, test, predict, generate, data, "
-        "demo, analyze, model-summary, bench (see crbp --help)"
+        "demo, analyze, model-summary, bench, export, doctor (see crbp --help)"
     ]

@@ -19,6 +19,8 @@ MODULES = {
     "crbp.tasks": "tasks",
     "crbp.metrics": "metrics",
     "crbp.analysis": "analysis",
+    "crbp.export": "sharing",
+    "crbp.hub": "sharing",
 }
 
 

@@ -19,7 +19,7 @@ class _Command(NamedTuple):
 
     summary: str
     example: str
-    run: Callable[[list[str]], None]
+    run: Callable[[list[str]], int | None]  # returns the exit status where that is not always 0
 
 
 def _lightning(name: str) -> Callable[[list[str]], None]:
@@ -74,6 +74,19 @@ def _bench(arguments: list[str]) -> None:
     bench(arguments)
 
 
+def _export(arguments: list[str]) -> None:
+    _need("train", "lightning", "jsonargparse", "torchmetrics", "safetensors", "PIL")
+    from crbp._export_command import main as export
+
+    export(arguments)
+
+
+def _doctor(arguments: list[str]) -> int:
+    from crbp.doctor import main as doctor
+
+    return doctor(arguments)
+
+
 def _model_summary(arguments: list[str]) -> None:
     _need("panoptic", "torchvision", "numpy", "rich")
     from crbp.models.panoptic.summary import main as summary
@@ -122,14 +135,21 @@ COMMANDS = {
         "count the parameters of a panoptic model", "crbp model-summary rfpn --depth 50", _model_summary
     ),
     "bench": _Command("measure speed and memory beside the textbook C-RBP", "crbp bench --out bench", _bench),
+    "export": _Command(
+        "write a contour-tracing network, its steps fixed, as a file that runs without crbp",
+        "crbp export runs/NAME/version_0/weights/best.safetensors --format onnx --steps 20 --out net.onnx",
+        _export,
+    ),
+    "doctor": _Command("say what is installed, what is missing and what the machine has", "crbp doctor", _doctor),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status.
 
-    0 is success, 2 a mistake in what was asked for, told in one line on standard error, and 130 a run that the user
-    broke off. Anything else that goes wrong is a fault of crbp and shows its traceback.
+    0 is success, 1 the answer of `crbp doctor` where training would not work, 2 a mistake in what was asked for, told
+    in one line on standard error, and 130 a run that the user broke off. Anything else that goes wrong is a fault of
+    crbp and shows its traceback.
 
     Args:
         argv: the arguments without the program's name; None takes those of the process.
@@ -151,7 +171,7 @@ def _dispatch(arguments: list[str]) -> int:
     elif name in ("-V", "--version"):
         print(f"crbp {__version__}")
     elif name in COMMANDS:
-        COMMANDS[name].run(arguments[1:])
+        return COMMANDS[name].run(arguments[1:]) or 0
     else:
         raise CrbpError(f"{name!r} is no command of crbp; choose one of {', '.join(COMMANDS)} (see crbp --help)")
     return 0

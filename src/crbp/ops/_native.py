@@ -28,13 +28,11 @@ def library() -> ctypes.CDLL:
 def found() -> ctypes.CDLL | None:
     """The compiled functions; None, with a warning, where they cannot be compiled."""
     try:
-        library = ctypes.CDLL(str(_build()))
+        library = ctypes.CDLL(str(build()))
     except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", None)
-        reason = [*(said if isinstance(said, str) else str(error)).strip().splitlines(), type(error).__name__][0]
         warnings.warn(
             f"convolutions by FFT use PyTorch's own operations, which is slower, because the native ones cannot be "
-            f"compiled ({reason}); a C++ compiler named c++ or by the variable CXX is needed",
+            f"compiled ({reason(error)}); a C++ compiler named c++ or by the variable CXX is needed",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -46,17 +44,36 @@ def found() -> ctypes.CDLL | None:
     return library
 
 
-def _build() -> Path:
-    """The compiled library, from the cache, or compiled into it: in some seconds, once for a machine."""
+def reason(error: Exception) -> str:
+    """The first line of what a compiler, or the system, said."""
+    said = getattr(error, "stderr", None)
+    return [*(said if isinstance(said, str) else str(error)).strip().splitlines(), type(error).__name__][0]
+
+
+def compiler() -> list[str]:
+    """The command of the C++ compiler.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
     named = os.environ.get("CXX")
     on_path = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     if named is None and on_path is None:
         raise FileNotFoundError("there is no C++ compiler")
-    compiler = shlex.split(named) if named else [str(on_path)]
+    return shlex.split(named) if named else [str(on_path)]
+
+
+def build() -> Path:
+    """The compiled library, from the cache, or compiled into it: in some seconds, once for a machine.
+
+    Raises:
+        OSError: or `subprocess.SubprocessError`, if it cannot be compiled.
+    """
+    command = compiler()
     failure: Exception | None = None
     for target in (["-march=native", "-fopenmp"], ["-march=native"], []):
         try:
-            return _compiled([*compiler, "-O3", "-ffp-contract=fast", "-std=c++17", *target])
+            return _compiled([*command, "-O3", "-ffp-contract=fast", "-std=c++17", *target])
         except subprocess.CalledProcessError as error:
             failure = failure or error
     assert failure is not None
@@ -81,14 +98,27 @@ def _compiled(command: list[str]) -> Path:
 def _cache() -> Path:
     """The user's folder for such files; where there is none that can be written, one for this process alone."""
     try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "crbp"
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
+        return writable(user_cache())
     except (OSError, RuntimeError):  # RuntimeError: no home
         own = tempfile.mkdtemp(prefix="crbp-")
         atexit.register(shutil.rmtree, own, ignore_errors=True)
         return Path(own)
+
+
+def user_cache() -> Path:
+    """Where the user keeps such files."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "crbp"
+
+
+def writable(folder: Path) -> Path:
+    """The folder, made where it is missing.
+
+    Raises:
+        OSError: if nothing can be written there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        return folder
 
 
 def _run(command: list[str]) -> str:

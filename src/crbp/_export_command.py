@@ -1,0 +1,69 @@
+"""`crbp export`: a checkpoint as a file that runs without crbp, compared with the network before it is called done."""
+
+from __future__ import annotations
+
+import argparse
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from crbp._command import Parser, reserve
+from crbp.errors import CrbpError
+from crbp.export import FORMATS, FixedSteps
+from crbp.tasks import load_net
+
+LARGEST = 1e-3  # difference from the network, relative to its largest logit
+
+
+def main(arguments: list[str]) -> None:
+    """Run the command.
+
+    Raises:
+        CrbpError: if the options are wrong, the checkpoint cannot be had, or the file does not do as the network does.
+    """
+    options = _options(arguments)
+    needed = ("onnx", "onnxscript", "onnxruntime") if options.format == "onnx" else ()
+    if missing := [name for name in needed if find_spec(name) is None]:
+        raise CrbpError(f"--format onnx needs {', '.join(missing)}, not installed here; run: pip install 'crbp[onnx]'")
+    net = load_net(options.checkpoint, trust=("crbp", *options.trust))
+    out = options.out or Path(f"{options.checkpoint.stem}.{options.format}")
+    reserve(out.parent, [out])
+    try:
+        fixed = FixedSteps(net, options.steps)
+        FORMATS[options.format](net, out, steps=options.steps)
+    except (TypeError, ValueError) as error:
+        raise CrbpError(str(error)) from error
+    image = torch.rand(1, 1, 48, 36, generator=torch.Generator().manual_seed(0))
+    expected = fixed(image)
+    difference = float((_run(out, options.format, image) - expected).abs().max() / expected.abs().max())
+    if not difference <= LARGEST:
+        raise CrbpError(f"{out} differs from the network by {difference:.1e} of its largest logit: do not use it")
+    print(f"{out}: {fixed.steps} steps, images of any size; differs from the network by {difference:.0e} at most")
+
+
+def _options(arguments: list[str]) -> argparse.Namespace:
+    parser = Parser(
+        prog="crbp export",
+        description="Write a contour-tracing network, its number of steps fixed, as a file that runs without crbp.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("checkpoint", type=Path, help="a .safetensors file, or a .ckpt file in the folder of its run")
+    parser.add_argument("--format", choices=sorted(FORMATS), default="pt2", help="pt2 is torch.export's (default: pt2)")
+    parser.add_argument("--steps", type=int, metavar="N", help="to take (default: the number trained for)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="to write (default: the checkpoint's name, here)")
+    parser.add_argument("--trust", nargs="+", default=(), metavar="PACKAGE", help="of the classes the file may name")
+    return parser.parse_args(arguments)
+
+
+def _run(file: Path, kind: str, image: Tensor) -> Tensor:
+    """What the file makes of images."""
+    if kind == "pt2":
+        found: Tensor = torch.export.load(file).module()(image)
+        return found
+    import onnxruntime
+
+    session: Any = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {"image": image.numpy()})[0])
