@@ -64,11 +64,12 @@ class MazeSolver(nn.Module):
         super().__init__()
         self.enter = nn.Conv2d(2, 2 * channels, 3, padding=1)
         self.around = nn.Conv2d(channels, 2 * channels, 3, padding=1)
+        self.mix = nn.Conv2d(2 * channels, 2 * channels, 1)
         self.readout = nn.Linear(channels, 2)
 
     def step(self, h: Tensor, drive: Tensor) -> Tensor:
         """The next state of every pixel, ``(B, C, H, W)``."""
-        gate, new = (self.around(h) + drive).chunk(2, 1)
+        gate, new = self.mix(torch.relu(self.around(h) + drive)).chunk(2, 1)
         return torch.lerp(h, torch.tanh(new), torch.sigmoid(gate))
 
     def forward(self, free: Tensor, ends: Tensor, evolve: crbp.Evolve) -> tuple[Tensor, crbp.Run]:
