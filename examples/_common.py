@@ -30,7 +30,7 @@ class Settings:
         rate: peak learning rate.
         batch: instances of one update.
         tested: instances of each test.
-        weight: of the Lipschitz penalty.
+        weight: of the penalties of C-RBP.
         seed: of weights and data.
     """
 
@@ -72,13 +72,13 @@ class Outcome:
 def objective(
     net: nn.Module, inputs: Inputs, target: Tensor, evolve: crbp.Evolve, weight: float
 ) -> tuple[Tensor, Tensor]:
-    """The loss, and what is minimised: the same, with the penalties of C-RBP where ``weight`` is above 0."""
+    """The loss, and what is minimised: the same, with the penalties of C-RBP where their ``weight`` is above 0."""
     logits, run = net(*inputs, evolve)
     loss = F.cross_entropy(logits.flatten(0, -2), target.flatten())
     if weight == 0:
         return loss, loss
-    contraction = weight * crbp.lipschitz_penalty(run, reduction="mean_square")
-    return loss, loss + contraction + crbp.residual_penalty(run) + crbp.spectral_penalty(run)
+    contraction = crbp.lipschitz_penalty(run, reduction="mean_square")
+    return loss, loss + weight * (contraction + crbp.residual_penalty(run) + crbp.spectral_penalty(run))
 
 
 def train(net: nn.Module, draw: Draw, settings: Settings, evolve: crbp.Evolve, weight: float) -> list[float]:
@@ -89,7 +89,7 @@ def train(net: nn.Module, draw: Draw, settings: Settings, evolve: crbp.Evolve, w
     losses = []
     for update in range(settings.updates):
         inputs, target = draw(settings.batch, settings.size, generator)
-        # A strong penalty from the start slows learning.
+        # Strong penalties from the start slow learning.
         ramp = 100 ** min(update / (0.8 * settings.updates) - 1, 0)
         loss, total = objective(net, inputs, target, evolve, weight * ramp)
         optimizer.zero_grad()

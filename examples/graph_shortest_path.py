@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import crbp
 
-FULL = Settings(size=12, steps=10, larger=48, more=40, updates=400)
+FULL = Settings(size=12, steps=10, larger=48, more=40, updates=200)
 SMALL = Settings(size=6, steps=5, larger=12, more=20, updates=40, batch=16, tested=32)
 UNREACHED, EVEN, ODD = range(3)
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 import crbp
 
-FULL = Settings(size=4, steps=14, larger=8, more=56, updates=300, tested=64)
+FULL = Settings(size=4, steps=14, larger=8, more=56, updates=200, tested=64)
 SMALL = Settings(size=2, steps=4, larger=3, more=8, updates=40, batch=16, tested=32)
 BESIDE = torch.tensor([[0.0, 1, 0], [1, 0, 1], [0, 1, 0]])[None, None]
 
