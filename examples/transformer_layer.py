@@ -1,6 +1,6 @@
 """An implicit layer in a transformer: one block of attention and MLP, iterated until it settles, follows pointers.
 
-    python examples/transformer_layer.py            # about two minutes of one core
+    python examples/transformer_layer.py            # under a minute of one core
     python examples/transformer_layer.py --small    # seconds
 
 Each token has a name, the name of its parent, and, where it is a root and so its own parent, a label. Every token must
