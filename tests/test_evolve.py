@@ -324,3 +324,11 @@ def test_importing_the_library_imports_torch_alone():
 def test_every_public_name_is_there():
     assert all(hasattr(crbp, name) for name in crbp.__all__)
     assert sorted(crbp.__all__, key=str.lower) == sorted(set(crbp.__all__), key=str.lower)
+
+
+def test_what_needs_extras_is_imported_on_first_use():
+    code = "import sys, crbp; print('crbp.data' in sys.modules, crbp.data.__name__, 'hub' in dir(crbp))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["False", "crbp.data", "True"]
+    with pytest.raises(AttributeError, match="no attribute 'modles'"):
+        _ = crbp.modles  # type: ignore[attr-defined]

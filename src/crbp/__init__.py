@@ -1,5 +1,9 @@
 """Train any recurrent PyTorch module at memory constant in the number of steps, with dynamics that stay stable."""
 
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING
+
 from crbp import cells, ops
 from crbp.diagnostics import activation_memory, residual_curve, spectral_radius
 from crbp.errors import (
@@ -55,3 +59,15 @@ __all__ = [
     "spectral_penalty",
     "spectral_radius",
 ]
+
+_LATER = ("analysis", "data", "export", "hub", "metrics", "models", "tasks")  # imported on first use: they need extras
+
+if not TYPE_CHECKING:  # a type checker would take any name for one of them
+
+    def __getattr__(name: str) -> ModuleType:
+        if name in _LATER:
+            return import_module(f"crbp.{name}")
+        raise AttributeError(f"module 'crbp' has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted([*globals(), *_LATER])

@@ -250,8 +250,9 @@ class RBP(GradientMethod):
     the state has settled and the step contracts; `crbp.lipschitz_penalty` makes it so (together: C-RBP).
 
     Args:
-        solver: of the backward equation. The default is the published Neumann series; `crbp.GMRES` comes closer with 8
-            products than that with 15, and keeps more vectors (``docs/speed.md``).
+        solver: of the backward equation. The default is the published Neumann series, which shows by growing where the
+            step does not contract; `crbp.GMRES` comes closer with 8 products than that with 15, keeps more vectors, and
+            trained no better (``docs/speed.md``).
         on_divergence: what to do when the solution is not finite or its relative residual exceeds ``max_residual``:
             ``"raise"`` a `crbp.DivergenceError`; ``"warn"`` and use the solution as it is; ``"fallback"`` to the
             solver's best iterate. Every outcome is in ``run.report.backward``.
