@@ -22,6 +22,7 @@ from crbp import (
     residual_penalty,
     spectral_penalty,
 )
+from crbp._tree import differentiates_in_inference_mode
 
 METHODS = {
     "bptt": BPTT(),
@@ -161,6 +162,12 @@ def test_finite_differences_of_the_gradient_agree(build, penalty):
     assert torch.autograd.gradgradcheck(_penalty_of_one_step(problem, penalty), tensors, fast_mode=True)
 
 
+def test_a_torch_that_takes_no_derivatives_in_inference_mode_is_not_believed(monkeypatch):
+    monkeypatch.setattr("crbp.evolve.differentiates_in_inference_mode", lambda: False)
+    with torch.inference_mode(), pytest.raises(crbp.SettingsError, match=r"use torch.no_grad"):
+        lipschitz_penalty(linear().run(RBP(), steps=2))
+
+
 @each_method
 @each_problem
 def test_value_without_gradient_is_the_value_with_it(build, method):
@@ -174,7 +181,7 @@ def test_value_without_gradient_is_the_value_with_it(build, method):
 
     wanted = both(with_gradient)
     assert all(value.requires_grad and value > 0 for value in wanted)
-    for mode in (torch.no_grad, torch.inference_mode):
+    for mode in (torch.no_grad, *([torch.inference_mode] if differentiates_in_inference_mode() else [])):
         with mode():
             got = both(problem.run(method, steps=5))
         for value, expected in zip(got, wanted, strict=True):

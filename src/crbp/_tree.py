@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -133,3 +134,12 @@ def ravel(leaves: Leaves) -> tuple[Tensor, Callable[[Tensor], Leaves]]:
         return tuple(p.view(s).to(d) for p, s, d in zip(parts, shapes, dtypes, strict=True))
 
     return torch.cat([leaf.reshape(-1) for leaf in leaves]), unravel
+
+
+@cache
+def differentiates_in_inference_mode() -> bool:
+    """Whether `torch.func.vjp` does: the products of PyTorch 2.11 are zero there, without a word."""
+    with torch.inference_mode():
+        two = torch.full((1,), 2.0)
+        pull: Callable[[Tensor], Leaves] = torch.func.vjp(lambda one: one * two, torch.ones(1))[1]
+        return float(pull(torch.ones(1))[0]) == 2.0

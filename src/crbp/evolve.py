@@ -12,8 +12,17 @@ import torch
 from torch.utils._pytree import tree_unflatten
 
 from crbp._checks import choice, count, non_negative
-from crbp._tree import LeafStep, Leaves, flatten_state, leaf_step, norm, relative_residual, vector_jacobian
-from crbp.errors import DivergenceError, DivergenceWarning
+from crbp._tree import (
+    LeafStep,
+    Leaves,
+    differentiates_in_inference_mode,
+    flatten_state,
+    leaf_step,
+    norm,
+    relative_residual,
+    vector_jacobian,
+)
+from crbp.errors import DivergenceError, DivergenceWarning, SettingsError
 from crbp.gradients import BPTT, BackwardReport, GradientMethod, Recurrence
 from crbp.ops import shared_spectra
 from crbp.solvers import StopReason
@@ -65,10 +74,18 @@ class Run:
 
         The last step, on the graph that the run has built where there is one; or the step from the final state on
         (``at_end``), of which no gradient is recorded. Products taken under ``torch.no_grad`` record none either.
+
+        Raises:
+            SettingsError: under ``torch.inference_mode``, with a PyTorch whose functional transforms do not work there.
         """
         start = flatten_state(self.state)[0] if at_end else self._previous
         if torch.is_inference_mode_enabled():
             # Autograd records nothing here; a functional transform does.
+            if not differentiates_in_inference_mode():
+                raise SettingsError(
+                    f"PyTorch {torch.__version__} takes no derivatives under torch.inference_mode; use torch.no_grad, or "
+                    "a newer PyTorch"
+                )
             pull = torch.func.vjp(lambda *leaves: self._step(leaves), *start)[1]
             return start, lambda vector: tuple(pull(vector))
         live = torch.is_grad_enabled() and not at_end
