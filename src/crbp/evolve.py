@@ -83,8 +83,8 @@ class Run:
             # Autograd records nothing here; a functional transform does.
             if not differentiates_in_inference_mode():
                 raise SettingsError(
-                    f"PyTorch {torch.__version__} takes no derivatives under torch.inference_mode; use torch.no_grad, or "
-                    "a newer PyTorch"
+                    f"PyTorch {torch.__version__} takes no derivatives under torch.inference_mode; use torch.no_grad, "
+                    "or a newer PyTorch"
                 )
             pull = torch.func.vjp(lambda *leaves: self._step(leaves), *start)[1]
             return start, lambda vector: tuple(pull(vector))
