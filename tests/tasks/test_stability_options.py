@@ -35,7 +35,7 @@ def test_the_ramp_raises_the_penalty_geometrically_to_its_weight(tmp_path: Path)
     assert weights.seen[-1] == task.penalty.weight
 
 
-def test_jitter_reaches_further_beyond_n_as_training_goes_on(tmp_path: Path) -> None:
+def test_jitter_reaches_further_beyond_n_as_training_goes_on_in_half_of_the_batches(tmp_path: Path) -> None:
     task, taken = tiny_task(step_jitter=2), []
     net = task.net
     assert isinstance(net, PathfinderNet)
@@ -50,6 +50,7 @@ def test_jitter_reaches_further_beyond_n_as_training_goes_on(tmp_path: Path) -> 
     trainer(tmp_path, max_epochs=12, limit_val_batches=0).fit(task, tiny_data())
     assert all(4 <= steps <= 4 + round(2 * t / len(taken)) for t, steps in enumerate(taken))
     assert set(taken) == {4, 5, 6}
+    assert taken.count(4) > 0.65 * len(taken)  # expected are .73; .58 if all from N to the last were drawn alike
     taken.clear()
     trainer(tmp_path).validate(task, tiny_data(), verbose=False)
     assert set(taken) == {4}

@@ -159,7 +159,8 @@ def _race(recipe: Recipe, runners: dict[str, _Runner], seen: tuple[Tensor, Tenso
         image, mask = next(batches)
         done = t / total
         rate = recipe.learning_rate * min(1.0, (t + 1) / (WARMUP * total + 1)) * (1 + math.cos(math.pi * done)) / 2
-        steps = recipe.steps + int(torch.randint(round(recipe.step_jitter * done) + 1, (), generator=draw))
+        reach = round(recipe.step_jitter * done)
+        steps = recipe.steps + max(0, int(torch.randint(-reach, reach + 1, (), generator=draw)))
         weight = recipe.penalty.weight * float(100 ** min(done / recipe.penalty_ramp - 1.0, 0.0))
         racing = [runner for runner in runners.values() if not runner.done]
         # Who goes first changes from batch to batch: the caches are then as warm for the one as for the other.

@@ -24,7 +24,7 @@ class Recipe:
         channels: of the cell.
         kernel_size: of the cell.
         steps: N, for both models.
-        step_jitter: how many steps more than N a batch may be given at the end of training, with C-RBP alone.
+        step_jitter: how many steps more than N half of the batches may have at the end of training, with C-RBP alone.
         terms: of the Neumann series.
         horizon: of the gates.
         images: seen by the model trained with C-RBP; the other trains for as long as this takes.

@@ -188,14 +188,14 @@ def _how(numbers: dict[str, Any], recipe: Recipe) -> str:
         f"trained with BPTT stops when the other has seen its {numbers['images']:,} images. That one is trained the "
         f"ordinary way, always with {recipe.steps} steps and without a penalty. C-RBP takes {recipe.terms} Neumann "
         f"terms, the Lipschitz coefficient penalty with a weight that rises to {recipe.penalty.weight:g}, and "
-        f"{_range(recipe)} steps, drawn for each batch. Seed {numbers['seed']}; "
+        f"{_range(recipe)}, drawn for each batch, at the end of training. Seed {numbers['seed']}; "
         f"{html.escape(numbers['machine'])}; crbp {crbp.__version__}, torch {torch.__version__}; "
         f"{numbers['seconds']:.0f} s in all."
     )
 
 
 def _range(recipe: Recipe) -> str:
-    return f"from {recipe.steps} to, at the end of training, {recipe.steps + recipe.step_jitter}"
+    return f"{recipe.steps} steps or, in half of the batches, up to {recipe.steps + recipe.step_jitter}"
 
 
 def _slug(name: str) -> str:

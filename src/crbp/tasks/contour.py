@@ -54,10 +54,10 @@ class ContourTask(ResumableModule):
             by itself can be small while the state keeps moving.
         spectral_weight: of `crbp.spectral_penalty` in the loss; 0 for none, None for 1 where there is a penalty, which
             by itself can be small while the dynamics do not contract.
-        step_jitter: train each batch with up to so many steps more than ``N``, drawn anew from ``U(0, j t / T)`` at
-            optimiser step ``t`` of ``T``: the state is then asked to stay right once it is, and settles. 0 for none;
-            None for ``2N`` where there is a penalty, without which dynamics do not settle in late training; with
-            `crbp.BPTT` the memory then grows to that of ``3N`` steps.
+        step_jitter: train half of the batches with ``N`` steps and the others with up to so many more, drawn anew from
+            ``U(1, j t / T)`` at optimiser step ``t`` of ``T``: the state is then asked to be right at ``N`` and to stay
+            so, and settles. 0 for none; None for ``2N`` where there is a penalty, without which dynamics do not settle
+            in late training; with `crbp.BPTT` the memory then grows to that of ``3N`` steps.
         supervision: ``"last"``, the loss sees the last step; ``"all"``, its mean over every step, which needs
             `crbp.BPTT`.
         gamma: of the focal loss; see `crbp.losses.focal_loss`.
@@ -234,7 +234,8 @@ class ContourTask(ResumableModule):
         asked: dict[str, Any] = {"every_step": True} if self.supervision == "all" else {}
         if self.step_jitter:
             done = self.trainer.global_step / self.trainer.estimated_stepping_batches
-            asked["steps"] = self._evolve().steps + int(torch.randint(round(self.step_jitter * done) + 1, ()))
+            reach = round(self.step_jitter * done)
+            asked["steps"] = self._evolve().steps + max(0, int(torch.randint(-reach, reach + 1, ())))
         return asked
 
     def _evolve(self) -> crbp.Evolve:
