@@ -60,14 +60,22 @@ __all__ = [
     "spectral_radius",
 ]
 
-_LATER = ("analysis", "data", "export", "hub", "metrics", "models", "tasks")  # imported on first use: they need extras
+# Imported on first use, since they need extras.
+_EXTRAS = {
+    **dict.fromkeys(("analysis", "export", "metrics", "tasks"), "train"),
+    **{"data": "data", "hub": "hub", "models": "panoptic"},
+}
 
 if not TYPE_CHECKING:  # a type checker would take any name for one of them
 
     def __getattr__(name: str) -> ModuleType:
-        if name in _LATER:
-            return import_module(f"crbp.{name}")
+        if name in _EXTRAS:
+            try:
+                return import_module(f"crbp.{name}")
+            except ModuleNotFoundError as error:
+                if (error.name or "").split(".")[0] == "crbp":
+                    raise
+                raise ImportError(
+                    f"crbp.{name} needs {error.name}, not installed here; run: pip install 'crbp[{_EXTRAS[name]}]'"
+                ) from error
         raise AttributeError(f"module 'crbp' has no attribute {name!r}")
-
-    def __dir__() -> list[str]:
-        return sorted([*globals(), *_LATER])

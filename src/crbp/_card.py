@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 from collections.abc import Mapping
@@ -59,14 +60,14 @@ def written_card(checkpoint: Path, net: nn.Module, origin: Origin, *, numbers: M
     """
     known = {**_of_table(checkpoint), **_of_run(checkpoint), **numbers}
     known = {name: value for name, value in known.items() if value not in ("", None)}
-    rows = [f"| {name} | {_short(value)} |" for name, value in known.items()]
+    rows = [f"| {_line(name)} | {_short(value)} |" for name, value in known.items()]
     table = "\n".join(["| | |", "|---|---|", *rows]) if rows else "Nothing is recorded beside the weights."
     return _CARD.format(
-        name=origin.name or checkpoint.stem,
+        name=_line(origin.name or checkpoint.stem),
         kind=type(net).__name__,
         parameters=sum(parameter.numel() for parameter in net.parameters()),
         version=crbp.__version__,
-        licence=licence,
+        licence=json.dumps(licence),
         numbers=table if "commit" in known else f"{table}\n\nThe commit is not recorded.",
         data=_block(origin.run["data"]) if "data" in origin.run else "It is not recorded.",
         net=_block(origin.run.get("model", origin.net)),
@@ -76,10 +77,11 @@ def written_card(checkpoint: Path, net: nn.Module, origin: Origin, *, numbers: M
 def _of_table(checkpoint: Path) -> dict[str, Any]:
     """The row of this network in the table beside the folder of the weights."""
     table = checkpoint.absolute().parent.parent / "table.csv"
-    if not table.is_file():
-        return {}
-    rows = csv.DictReader(table.read_text(encoding="utf-8").splitlines())
-    return next((row for row in rows if row.get("row") == checkpoint.stem), {})
+    with contextlib.suppress(OSError, ValueError, csv.Error):
+        rows = csv.DictReader(table.read_text(encoding="utf-8").splitlines())
+        found = next((row for row in rows if row.get("row") == checkpoint.stem), {})
+        return {name: value for name, value in found.items() if isinstance(name, str)}
+    return {}
 
 
 def _of_run(checkpoint: Path) -> dict[str, Any]:
@@ -87,14 +89,15 @@ def _of_run(checkpoint: Path) -> dict[str, Any]:
     run = checkpoint.absolute().parent.parent
     found = _of_logs(run, checkpoint.stem)
     analysis, made = _json(run / "analysis" / "analysis.json"), _json(run / "made.json")
-    if Path(str(analysis.get("checkpoint"))).name == checkpoint.name:
+    same = Path(str(analysis.get("checkpoint"))).name == checkpoint.name
+    if same and (run / "analysis" / "analysis.json").stat().st_mtime >= checkpoint.stat().st_mtime:
         found |= {name: value for name, value in analysis.items() if isinstance(value, int | float)}
     return {**found, **{name: made[name] for name in ("seed", "seconds", "commit") if name in made}}
 
 
 def _of_logs(run: Path, which: str) -> dict[str, float]:
-    """What was validated when these weights were kept: at the best F1, or last."""
-    if which not in ("best", "last") or not any(run.glob("events.out.tfevents.*")):
+    """What was validated when the best weights were kept; the last may have been trained on since."""
+    if which != "best" or not any(run.glob("events.out.tfevents.*")):
         return {}
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -103,20 +106,25 @@ def _of_logs(run: Path, which: str) -> dict[str, float]:
     judged = curves.get("val/f1", [])
     if not judged:
         return {}
-    step = max(judged, key=lambda event: event.value).step if which == "best" else judged[-1].step
+    step = max(judged, key=lambda event: event.value).step
     values = {tag: event.value for tag, curve in curves.items() for event in curve if event.step == step}
     return {"training steps": step + 1, **values}
 
 
 def _json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return found
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
+    return {}
 
 
 def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else _line(value)
+
+
+def _line(value: Any) -> str:
+    """A text as one cell of a table, whatever it has in it."""
+    return " ".join(str(value).split()).replace("|", "\\|").replace("`", "'")
 
 
 def _block(config: Any) -> str:

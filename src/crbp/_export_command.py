@@ -30,17 +30,24 @@ def main(arguments: list[str]) -> None:
         raise CrbpError(f"--format onnx needs {', '.join(missing)}, not installed here; run: pip install 'crbp[onnx]'")
     net = load_net(options.checkpoint, trust=("crbp", *options.trust))
     out = options.out or Path(f"{options.checkpoint.stem}.{options.format}")
+    if out.absolute() == options.checkpoint.absolute():
+        raise CrbpError(f"--out {out} is the checkpoint itself; name another file")
     reserve(out.parent, [out])
     try:
         fixed = FixedSteps(net, options.steps)
-        FORMATS[options.format](net, out, steps=options.steps)
+        FORMATS[options.format](net, trial := out.with_name(f".trial-{out.name}"), steps=options.steps)
     except (TypeError, ValueError) as error:
         raise CrbpError(str(error)) from error
     image = torch.rand(1, 1, 48, 36, generator=torch.Generator().manual_seed(0))
     expected = fixed(image)
-    difference = float((_run(out, options.format, image) - expected).abs().max() / expected.abs().max())
-    if not difference <= LARGEST:
-        raise CrbpError(f"{out} differs from the network by {difference:.1e} of its largest logit: do not use it")
+    try:
+        wrong = (_run(trial, options.format, image) - expected).abs().max()
+        difference = float(wrong / expected.abs().max().clamp(min=torch.finfo(expected.dtype).tiny))
+        if not difference <= LARGEST:
+            raise CrbpError(f"{out} is not written: it would differ by {difference:.1e} of the network's largest logit")
+        trial.replace(out)
+    finally:
+        trial.unlink(missing_ok=True)
     print(f"{out}: {fixed.steps} steps, images of any size; differs from the network by {difference:.0e} at most")
 
 

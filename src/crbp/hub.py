@@ -21,6 +21,7 @@ from crbp._files import write_whole
 from crbp.errors import CrbpError
 from crbp.tasks import WeightsError, load_net, load_trained, save_net
 
+LONGEST = 1_000  # characters of a name
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 
 __all__ = ["HubError", "from_pretrained", "push_to_hub", "save_pretrained", "shipped"]
@@ -41,7 +42,7 @@ def save_pretrained(
     """Write a network as a folder that can be handed on: weights, configuration and a model card.
 
     The card tells the configuration, the data and what is known of the run: the row of a ``table.csv`` beside the
-    folder of the weights, or what ``crbp analyze`` and the logs of the run have.
+    folder of the weights, or what the logs of the run have and ``crbp analyze … --out RUN/analysis`` wrote.
 
     Args:
         checkpoint: a `.safetensors` file, or a `.ckpt` file where ``crbp fit`` left it.
@@ -89,6 +90,8 @@ def from_pretrained(name: str | Path, *, revision: str | None = None, trust: Seq
         HubError: if the Hub cannot be reached, and had not been before, or has no such network.
         ImportError: if it is on the Hub and the extra ``hub`` is not installed.
     """
+    if not str(name) or len(str(name)) > LONGEST:
+        raise WeightsError(f"{str(name)[:80]!r} is no name of a network; shipped are {', '.join(shipped())}")
     folder, ready = Path(name), shipped()
     local = folder.is_dir() or str(name) in ready
     if local and revision is not None:
@@ -97,7 +100,7 @@ def from_pretrained(name: str | Path, *, revision: str | None = None, trust: Seq
         return load_net(_checked(folder), trust=trust)
     if str(name) in ready:
         return load_net(ready[str(name)], trust=trust)
-    if folder.is_file() or str(name).count("/") != 1 or str(name).startswith("."):
+    if folder.is_file() or str(name).count("/") != 1 or str(name)[0] in "./~":
         raise WeightsError(
             f"{name} is no folder that crbp.hub.save_pretrained wrote, no OWNER/NAME on the Hub, and not shipped, as "
             f"are {', '.join(ready)}; a file of weights is read by crbp.tasks.load_net"

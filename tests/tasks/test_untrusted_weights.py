@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 from tiny_contours import LEAF_SPEC, tiny_data, tiny_net, tiny_task, trainer
 
 from crbp.cli import main
@@ -69,6 +70,50 @@ def test_no_command_runs_what_is_in_a_checkpoint(
         torch.use_deterministic_algorithms(False)
     assert "cannot be read" in capsys.readouterr().err
     assert not canary.exists()
+
+
+FUNCTIONS = {"crbp.tasks.load_net": "path", "crbp.hub.from_pretrained": "name"}
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_no_function_is_called_that_could_be_told_to_trust_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], function: str
+) -> None:
+    pytest.importorskip("huggingface_hub")
+    monkeypatch.chdir(tmp_path)
+    net = {"class_path": function, "init_args": {FUNCTIONS[function]: "inner", "trust": ["crbp", "stranger"]}}
+    save_net(tiny_net().state_dict(), tmp_path / "outer.safetensors", Origin(net=net))
+    with pytest.raises(WeightsError, match=f"{function} is no class"):
+        load_net(tmp_path / "outer.safetensors")
+    content = yaml.safe_load((CONFIGS / "mini_hgru_crbp.yaml").read_text(encoding="utf-8"))
+    content["model"]["init_args"]["net"] = net
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(content))
+    assert main(["fit", "--config", "a.yaml"]) == 2
+    assert f"{function} is no class" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("run", ["null", "[1]", '"x"'])
+def test_weights_whose_run_is_no_mapping_are_refused(tmp_path: Path, run: str) -> None:
+    metadata = {"crbp.net": "{}", "crbp.run": run}
+    save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors", metadata)
+    with pytest.raises(WeightsError, match="is no mapping"):
+        load_net(tmp_path / "a.safetensors")
+
+
+def test_what_is_handed_on_does_not_say_where_it_was_logged(tmp_path: Path) -> None:
+    task = tiny_task()
+    run = trainer(tmp_path / "alice", max_steps=1)
+    run.fit(task, tiny_data())
+    checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    run.save_checkpoint(checkpoint)
+    net = described({"class_path": "crbp.cells.HGRU", "init_args": {"channels": 4, "kernel_size": 3, "horizon": 4}}).net
+    net["init_args"] |= {"norm": "instance"}  # type: ignore[index]
+    net["init_args"]["cell"]["init_args"] |= {"norm": "instance", "norm_scale": 1.0}  # type: ignore[index]
+    config = {"trainer": {"default_root_dir": "/home/alice", "max_epochs": 1}, "ckpt_path": "/home/alice/a.ckpt"}
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump({**config, "model": {"init_args": {"net": net}}}))
+    origin = load_trained(checkpoint)[1]
+    assert "alice" not in str(origin.run)
+    assert origin.run["trainer"] == {"max_epochs": 1}
 
 
 def test_weights_only_cannot_be_turned_off(capsys: pytest.CaptureFixture[str]) -> None:

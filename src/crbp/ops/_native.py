@@ -54,13 +54,17 @@ def compiler() -> list[str]:
     """The command of the C++ compiler.
 
     Raises:
-        FileNotFoundError: if there is none.
+        OSError: if there is none, or the variable CXX cannot be read.
     """
-    named = os.environ.get("CXX")
+    if named := os.environ.get("CXX"):
+        try:
+            return shlex.split(named)
+        except ValueError as error:
+            raise OSError(f"the variable CXX is {named!r}: {error}") from error
     on_path = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
-    if named is None and on_path is None:
+    if on_path is None:
         raise FileNotFoundError("there is no C++ compiler")
-    return shlex.split(named) if named else [str(on_path)]
+    return [on_path]
 
 
 def build() -> Path:

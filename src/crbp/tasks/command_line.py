@@ -30,7 +30,7 @@ from crbp.tasks._stop import StopOnSignal, Stopped, lost_process
 from crbp.tasks.finite import NonFinite
 from crbp.tasks.learning import LearningCheck
 from crbp.tasks.predictions import PredictionWriter
-from crbp.tasks.weights import Origin, SafetensorsExport, read_state
+from crbp.tasks.weights import Origin, SafetensorsExport, read_state, refuse_functions, to_hand_on
 
 COMMANDS = ("fit", "validate", "test", "predict")
 
@@ -137,6 +137,7 @@ class _CommandLine(LightningCLI):
         """Parse, and say in one line what is wrong."""
         try:
             self.config = parser.parse_args(args)
+            refuse_functions(self.config)
         except _MISTAKES as error:
             raise CrbpError(
                 f"{one_line(error)} (see crbp {_command(args)} --help, and configs/ for examples)"
@@ -279,12 +280,10 @@ class _CommandLine(LightningCLI):
 
     def _origin(self) -> Origin | None:
         """What the exported weights are to say about themselves; None for a task that has no `net`."""
-        run = json.loads(self._parser(self.subcommand).dump(self._settings, skip_unset=False, format="json"))
+        run = to_hand_on(
+            json.loads(self._parser(self.subcommand).dump(self._settings, skip_unset=False, format="json"))
+        )
         net = run["model"].get("init_args", {}).get("net")
-        # Weights are made to be passed on: where their run was logged is in its own folder's config.yaml alone.
-        for name in ("logger", "callbacks", "default_root_dir"):
-            run["trainer"].pop(name, None)
-        run.pop("ckpt_path", None)
         return Origin(net=net, run=run, name=self._name) if net is not None else None
 
 

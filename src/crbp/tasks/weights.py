@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import lightning.pytorch as pl
 import torch
 import yaml
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch.trainer.states import TrainerFn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -138,11 +138,45 @@ def build(kind: type[T], config: Mapping[str, Any], what: str, *, trust: Sequenc
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(kind, "made", required=True)
     try:
-        made = parser.instantiate(parser.parse_object({"made": config})).made
+        parsed = parser.parse_object({"made": config})
+        refuse_functions(parsed)
+        made = parser.instantiate(parsed).made
     except Exception as error:  # a class fails in any way where it is given nonsense
         raise WeightsError(f"{what} cannot be built by crbp {crbp.__version__}: {one_line(error)}") from error
     assert isinstance(made, kind)
     return made
+
+
+def refuse_functions(config: Any) -> None:
+    """See that a configuration names classes alone: a function, such as `load_net`, can be told to trust others.
+
+    Raises:
+        ValueError: that names the function.
+    """
+    if isinstance(config, Namespace):
+        config = vars(config)
+    if isinstance(config, Mapping):
+        name = config.get("class_path")
+        if isinstance(name, str) and not isinstance(_resolved(name), type):
+            raise ValueError(f"{name} is no class, and nothing else is called for a configuration")
+        config = list(config.values())
+    if isinstance(config, list | tuple):
+        for value in config:
+            refuse_functions(value)
+
+
+def to_hand_on(run: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of a run without where it was logged, as plain values: weights are made to be passed on.
+
+    Raises:
+        TypeError: if something in it is no plain value.
+    """
+    kept = {key: value for key, value in run.items() if key not in ("ckpt_path", "config")}
+    if isinstance(trainer := kept.get("trainer"), Mapping):
+        local = ("logger", "callbacks", "default_root_dir")
+        kept["trainer"] = {key: value for key, value in trainer.items() if key not in local}
+    found: dict[str, Any] = json.loads(json.dumps(kept))
+    return found
 
 
 def _read(path: Path) -> tuple[Origin, dict[str, Tensor]]:
@@ -151,6 +185,8 @@ def _read(path: Path) -> tuple[Origin, dict[str, Tensor]]:
             metadata = file.metadata() or {}
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a mapping
         net, run = json.loads(metadata["crbp.net"]), json.loads(metadata.get("crbp.run", "{}"))
+        if not isinstance(net, dict) or not isinstance(run, dict):
+            raise ValueError("its configuration is no mapping")
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise WeightsError(f"{path} cannot be read ({error}); copy or export it again") from error
     except KeyError:
@@ -165,6 +201,7 @@ def _read_checkpoint(path: Path) -> tuple[Origin, dict[str, Tensor]]:
         net = run["model"]["init_args"]["net"]
         if not isinstance(run, dict):
             raise TypeError("it is no mapping")
+        run = to_hand_on(run)
     except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, RecursionError) as error:
         raise WeightsError(
             f"{path} is to have its run's configuration, with a net, in {file}, which cannot be read "
