@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import lightning.pytorch as pl
 import torch
 import yaml
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from lightning.pytorch.trainer.states import TrainerFn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -138,6 +138,7 @@ def build(kind: type[T], config: Mapping[str, Any], what: str, *, trust: Sequenc
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(kind, "made", required=True)
     try:
+        set_parsing_settings(import_path_allowlist=list(trust))  # `crbp.cli` denies others, for the whole process
         parsed = parser.parse_object({"made": config})
         refuse_functions(parsed)
         made = parser.instantiate(parsed).made
