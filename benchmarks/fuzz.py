@@ -15,7 +15,6 @@ import contextlib
 import json
 import math
 import os
-import platform
 import resource
 import shutil
 import signal
@@ -25,7 +24,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -35,6 +34,7 @@ from fuzz_mutations import spoil_bytes
 from fuzz_readers import READERS, Reader
 
 import crbp
+from crbp.bench.measure import environment
 from crbp.data.panoptic import DataError
 
 SECONDS = 10
@@ -155,9 +155,9 @@ def fuzz(name: str, *, first: int, cases: int, seed: int, show: bool) -> dict[st
     }
 
 
-def share_out(total: int) -> dict[str, int]:
+def share_out(total: int, names: Iterable[str]) -> dict[str, int]:
     """Cases of each reader, so that all take about the same time."""
-    weights = {name: 1 / reader.cost for name, reader in READERS.items()}
+    weights = {name: 1 / READERS[name].cost for name in names}
     return {name: math.ceil(total * weight / sum(weights.values())) for name, weight in weights.items()}
 
 
@@ -170,16 +170,17 @@ def prepare() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=int, default=100_000, help="over all readers, or of --only")
-    parser.add_argument("--only", choices=sorted(READERS))
+    parser.add_argument("--cases", type=int, default=100_000, help="over all these readers")
+    parser.add_argument("--only", choices=sorted(READERS), nargs="+", default=sorted(READERS))
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--show", action="store_true", help="print each traceback")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    made_by = environment()
     prepare()
     found: dict[str, Any] = {}
-    for name, cases in (share_out(options.cases) if options.only is None else {options.only: options.cases}).items():
+    for name, cases in share_out(options.cases, options.only).items():
         status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         resource.setrlimit(
             resource.RLIMIT_AS, (int(status["VmSize"].split()[0]) * 1024 + MEMORY, resource.RLIM_INFINITY)
@@ -189,7 +190,7 @@ def main() -> None:
         total = {
             "cases": sum(each["cases"] for each in found.values()),
             "failures": sum(each["times"] for result in found.values() for each in result["failures"]),
-            **{"seed": options.seed, "python": platform.python_version(), "torch": torch.__version__},
+            **{"seed": options.seed, "environment": made_by},
         }
         if options.json:  # after each reader, since all of them take an hour
             options.json.parent.mkdir(parents=True, exist_ok=True)

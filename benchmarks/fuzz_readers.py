@@ -19,8 +19,11 @@ import numpy as np
 import torch
 import yaml
 from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
 
 import crbp
+from crbp import hub
+from crbp._card import written_card
 from crbp.data.panoptic import Categories, CocoPanoptic, Resize, check, rgb_from_ids
 from crbp.data.pathfinder import FolderPathfinder, PathfinderConfig, generate_batch, verify, write
 from crbp.metrics.panoptic_files import evaluate_panoptic_files
@@ -219,6 +222,31 @@ def _weights(root: Path) -> None:
     save_net(_net().state_dict(), root / "a.safetensors", Origin(net=_NET, run=_CONFIG, name="a"))
 
 
+def _handed_on(root: Path) -> None:
+    _weights(root)
+    hub.save_pretrained(root / "a.safetensors", root / "net")
+
+
+def _beside_weights(root: Path) -> None:
+    checkpoint = root / "run" / "weights" / "best.safetensors"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.touch()
+    _put(root / "run" / "table.csv", b"row,seed,F1 at N\nbest,0,.98\nlast,0,.97\n")
+    _put(root / "run" / "made.json", json.dumps({"seed": 0, "seconds": 1.5, "commit": "abc"}).encode())
+    analysis = {"checkpoint": str(checkpoint), "images": 4, "f1": 0.98, "curve": [0.1, 0.2]}
+    _put(root / "run" / "analysis" / "analysis.json", json.dumps(analysis).encode())
+    with SummaryWriter(str(root / "events")) as log:
+        for step in range(3):
+            log.add_scalar("val/f1", step / 4, step)
+    (made,) = (root / "events").iterdir()
+    made.rename(root / "run" / "events.out.tfevents.0")
+
+
+def _read_card(root: Path) -> str:
+    checkpoint = root / "run" / "weights" / "best.safetensors"
+    return written_card(checkpoint, _net(), Origin(net=_NET, run=_CONFIG), numbers={}, licence="mit")
+
+
 def _run(root: Path) -> None:
     _config(root)
     trainer = pl.Trainer(
@@ -318,6 +346,21 @@ READERS = {
     ),
     "safetensors": Reader(
         _weights, (("a.safetensors", bad.spoil_safetensors),), lambda root: load_net(root / "a.safetensors"), 80
+    ),
+    "handed_on": Reader(
+        _handed_on,
+        (("net/config.json", bad.spoil_json), ("net/model.safetensors", bad.spoil_safetensors)),
+        lambda root: hub.from_pretrained(root / "net"),
+        80,
+    ),
+    "card": Reader(
+        _beside_weights,
+        (
+            *((f"run/{name}.json", bad.spoil_json) for name in ("made", "analysis/analysis")),
+            *((f"run/{name}", bad.spoil_bytes) for name in ("table.csv", "events.out.tfevents.0")),
+        ),
+        _read_card,
+        20,
     ),
     "checkpoint": Reader(
         _run, ((_CKPT, _spoil_torch), ("run/config.yaml", _spoil_yaml)), lambda root: load_trained(root / _CKPT), 150

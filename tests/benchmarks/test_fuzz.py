@@ -9,10 +9,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-CASES = {"config": 2, "checkpoint": 6, "safetensors": 8}
+CASES = {"config": 2, "checkpoint": 6, "safetensors": 8, "handed_on": 6, "card": 10}
 READERS = (
     *("contour_png", "metadata_npy", "arena_npy", "list", "panoptic_json", "panoptic_png", "categories", "predictions"),
-    *("pictures", "pickle", "torch_file", "safetensors", "checkpoint", "config", "manifest"),
+    *("pictures", "pickle", "torch_file", "safetensors", "checkpoint", "config", "manifest", "handed_on", "card"),
 )
 
 

@@ -7,6 +7,7 @@ import operator
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -137,29 +138,29 @@ def evaluate_panoptic_files(
         pairs.append((annotation, predictions[number]))
     folders = _beside(Path(gt_json), gt_folder), _beside(Path(pred_json), pred_folder)
 
-    def count(pair: tuple[_Json, _Json]) -> ClassCounts:
-        files = [folder / annotation["file_name"] for folder, annotation in zip(folders, pair, strict=True)]
-        target_map = read_ids(files[0])
-        try:
-            if (size := read_size(files[1])) != target_map.shape:  # a prediction of any size is not to be decoded first
-                raise ValueError(
-                    f"the prediction is of {size} pixels, the target of {target_map.shape}; predict at its size"
-                )
-            pred_map = read_ids(files[1])
-            return count_segments(things, pred_map, pair[1]["segments_info"], target_map, pair[0]["segments_info"])
-        except DataError:
-            raise
-        except ValueError as error:
-            where = f"{files[1]} against {files[0]}"
-            raise DataError(
-                where, f"image {pair[0]['image_id']}: {error}", "correct the files and their JSON"
-            ) from error
-
     total = [np.zeros(len(things)) for _ in ClassCounts._fields]
     with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:  # reading PNG files leaves Python to others
-        for counts in pool.map(count, pairs):
+        for counts in pool.map(partial(_count, things, folders), pairs):
             total = [sum_ + value for sum_, value in zip(total, counts, strict=True)]
     return quality(things, ClassCounts(total[0], *(value.astype(np.int64) for value in total[1:])))
+
+
+def _count(things: Mapping[int, bool], folders: tuple[Path, Path], pair: tuple[_Json, _Json]) -> ClassCounts:
+    """What one image adds: `pair` is its annotation in the truth and in the predictions, `folders` hold their PNGs."""
+    target, prediction = (folder / each["file_name"] for folder, each in zip(folders, pair, strict=True))
+    target_map = read_ids(target)
+    try:
+        if (size := read_size(prediction)) != target_map.shape:  # one of any size is not to be decoded first
+            raise ValueError(
+                f"the prediction is of {size} pixels, the target of {target_map.shape}; predict at its size"
+            )
+        segments, target_segments = pair[1]["segments_info"], pair[0]["segments_info"]
+        return count_segments(things, read_ids(prediction), segments, target_map, target_segments)
+    except DataError:
+        raise
+    except ValueError as error:
+        where = f"{prediction} against {target}"
+        raise DataError(where, f"image {pair[0]['image_id']}: {error}", "correct the files and their JSON") from error
 
 
 def _beside(json_file: Path, folder: str | Path | None) -> Path:
