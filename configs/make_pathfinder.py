@@ -52,7 +52,7 @@ SMALL_STEPS = {
 SMALL_LEAD_IN = {5: {3: 1_280}, 9: {3: 1_280, 6: 2_560}, 14: {3: 1_280, 6: 2_560, 10: 2_560}}  # dashes: images
 SMALL_SIZE = {5: 8_000, 9: 12_800, 14: 16_000}  # images seen in training
 SMALL_LONG = 24_000  # images seen where training goes on
-SMALL_SIDES = {3: 20, 5: 12, 9: 8}  # steps of C-RBP for each kernel size, 5 dashes
+SMALL_SIDES = {5: {3: 20, 5: 12, 9: 8}, 14: {3: 48}}  # steps of C-RBP for each length of contour and kernel size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,11 +219,11 @@ def small_rows() -> Iterator[tuple[str, str, dict[str, Any]]]:
                 yield f"small{length}_{kind}_{method}", what, run
         what = f"48×48 images, {length} dashes, feed-forward, 6 layers"
         yield f"small{length}_feedforward", what, feedforward(small(length, 6), f"small{length}", 7)
-    for size, many in SMALL_SIDES.items():
-        for method, steps in (("crbp", many), ("bptt", 6)):
-            what = f"48×48 images, 5 dashes, hGRU, {METHODS[method]}, {steps} steps, {size}×{size} kernels"
-            run = recurrent(small(5, steps), "small5", "hgru", method, steps, size)
-            yield f"small5_hgru_{method}_k{size}", what, run
+        for size, settling_steps in SMALL_SIDES.get(length, {}).items():
+            for method, steps in (("crbp", settling_steps), ("bptt", 6)):
+                what = f"48×48 images, {length} dashes, hGRU, {METHODS[method]}, {steps} steps, {size}×{size} kernels"
+                run = recurrent(small(length, steps), f"small{length}", "hgru", method, steps, size)
+                yield f"small{length}_hgru_{method}_k{size}", what, run
     steps = SMALL_STEPS[5]
     gmres = replace(small(5, steps), solver="GMRES")
     what = f"48×48 images, 5 dashes, hGRU, C-RBP solved by GMRES, {steps} steps"
