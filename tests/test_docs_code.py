@@ -24,7 +24,7 @@ import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -272,6 +272,7 @@ def commands(code: str) -> Iterator[list[str]]:
             words = words[1:]
         if words[:2] == ["uv", "run"]:
             words = words[2:]
+        words = list(takewhile(lambda word: word not in ("|", ">", "&&"), words))
         if words:
             yield words
 
