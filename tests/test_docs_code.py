@@ -12,6 +12,7 @@ A block with a `title` is the file of that name. A `text` block right after a Py
 
 from __future__ import annotations
 
+import ast
 import doctest
 import io
 import os
@@ -197,6 +198,20 @@ def compare(block: Block, printed: str) -> None:
     flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
     same = doctest.OutputChecker().check_output(block.code, printed, flags)
     assert same, f"{block.name} says\n{block.code}\nand the block above printed\n{printed}"
+
+
+def test_messages_in_tables_are_those_of_the_code() -> None:
+    """Every code in the first column of a table headed `message`, piece by piece between the `…`."""
+    told: list[str] = []
+    for page in PAGES:
+        for table in re.findall(r"^\| message \|.*\n(?:\|.*\n)+", page.read_text(encoding="utf-8"), re.MULTILINE):
+            told += re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE)
+    sources = [ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "src" / "crbp").rglob("*.py")]
+    nodes = [node for tree in sources for node in ast.walk(tree)]
+    strings = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    unknown = [(message, piece) for message in told for piece in message.split("…") if not any(piece in s for s in strings)]
+    assert told
+    assert not unknown
 
 
 # --- command lines ----------------------------------------------------------------------------------------------------
