@@ -18,8 +18,9 @@ LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add the front page, its neighbours and all of the results but the weights."""
-    beside = [ROOT / name for name in (*PAGES, "CITATION.cff")]
+    """Add the front page, its neighbours, the examples and all of the results but the weights."""
+    beside = [ROOT / name for name in (*PAGES, "CITATION.cff", "examples/README.md")]
+    beside += sorted((ROOT / "examples").glob("*.py"))
     results = [path for path in sorted((ROOT / "results").rglob("*")) if path.is_file() and "weights" not in path.parts]
     for path in (*beside, *results):
         files.append(File.generated(config, _site(path.relative_to(ROOT).as_posix()), abs_src_path=str(path)))

@@ -9,8 +9,11 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+
+import pytest
 
 COMMIT = "c" * 40
 
@@ -105,3 +108,19 @@ def running() -> Iterator[tuple[str, dict[str, Files]]]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@contextmanager
+def reached(patch: pytest.MonkeyPatch, cache: Path) -> Iterator[dict[str, Files]]:
+    """The files of the repositories of a Hub that huggingface_hub takes for the real one meanwhile."""
+    from huggingface_hub import constants
+
+    with running() as (address, repos):
+        patch.setattr(constants, "ENDPOINT", address)
+        patch.setattr(constants, "HF_HUB_OFFLINE", False)  # it may have been imported where the variable said so
+        template = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        patch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        patch.setenv("HF_TOKEN", "hf_of_nobody")
+        patch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        yield repos

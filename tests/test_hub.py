@@ -15,7 +15,7 @@ from torch import nn
 
 from crbp import hub
 from crbp.tasks import Origin, WeightsError, load_net, save_net
-from hub_server import COMMIT, Files, running
+from hub_server import COMMIT, Files, reached
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results" / "pathfinder"
@@ -30,16 +30,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Files]]:
     pytest.importorskip("huggingface_hub", reason="the extra hub is not installed")
-    from huggingface_hub import constants
-
-    with running() as (address, repos):
-        monkeypatch.setattr(constants, "ENDPOINT", address)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # it may have been imported where the variable said so
-        template = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setenv("HF_TOKEN", "hf_of_nobody")
-        monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    with reached(monkeypatch, tmp_path / "cache") as repos:
         yield repos
 
 
