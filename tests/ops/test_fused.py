@@ -32,7 +32,7 @@ def test_fused_passes_gradcheck_twice(smooth: ops.Fused) -> None:
     x, y = (torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
     torch.testing.assert_close(smooth(x, y), curve(x, y))
     assert torch.autograd.gradcheck(smooth, (x, y))
-    assert torch.autograd.gradgradcheck(smooth, (x, y))
+    assert torch.autograd.gradgradcheck(smooth, (x, y), fast_mode=True)
     assert smooth.compile_seconds > 0
 
 
