@@ -153,7 +153,7 @@ def shown(picture: Picture, found: Sequence[Followed], *, number: int) -> dict[s
                 "probability": _png(_strip(each.probability, (0.0, 1.0))),
                 "uncertainty": _png(_strip(each.uncertainty, unsure)),
                 "reaction": _png(_bytes(_scaled(each.reaction_time, slow))),
-                "reactionMean": round(float(each.reaction_time.mean()), 3),
+                "reactionMean": _numbers(each.reaction_time.mean()[None])[0],
                 "meanUncertainty": _numbers(each.uncertainty.mean(dim=(1, 2))),
                 "residual": _numbers(each.residual),
                 "f1": None if each.f1 is None else _numbers(each.f1),
@@ -190,4 +190,4 @@ def _png(pixels: NDArray[np.uint8]) -> str:
 
 def _numbers(curve: Tensor) -> list[float | None]:
     """A curve as JSON can hold it, which has no word for what is not finite."""
-    return [float(f"{value:.4g}") if math.isfinite(value) else None for value in curve.tolist()]
+    return [float(f"{value:.6g}") if math.isfinite(value) else None for value in curve.tolist()]

@@ -21,7 +21,7 @@ from crbp.data.pathfinder import GenerationError, PathfinderConfig, generate_bat
 from crbp.errors import CrbpError
 
 SIZES = (32, 160)  # least and most pixels of a side
-FRAMES = {"48 × 48 pixels, as the shipped models were trained": "small9", "150 × 150 pixels, as published": "pf14"}
+FRAMES = {"48 × 48, as the models were trained": "small9", "150 × 150, as published": "pf14"}
 
 _SAMPLES = 8  # per pixel and axis of a drawing
 _STROKES, _POINTS = 64, 4096  # the most of a drawing
@@ -137,7 +137,7 @@ def uploaded(file: str | Path | None, *, size: int, name: str | None = None) -> 
     width, height = (max(1, round(side * scale)) for side in grey.size)
     if min(width, height) < SIZES[0] // 4:
         raise ImageError(
-            f"{name} is {grey.width} × {grey.height} pixels, too narrow to trace anything in; crop it to a squarer shape"
+            f"{name} is {grey.width} × {grey.height} pixels, too narrow to trace anything in; crop it squarer"
         )
     pixels = np.asarray(grey.resize((width, height), Image.Resampling.BOX), np.float32) / 255
     told = f"{name}, shown to the models as {width} × {height} pixels"
@@ -171,13 +171,14 @@ def _strokes(text: str | None) -> list[NDArray[np.float64]]:
 
 
 def _lengths(line: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.linalg.norm(np.diff(line, axis=0), axis=1)
+    lengths: NDArray[np.float64] = np.linalg.norm(np.diff(line, axis=0), axis=1)
+    return lengths
 
 
 def dashes(line: NDArray[np.float64], *, length: float, gap: float) -> list[tuple[float, ...]]:
     """The dashes ``(x, y, x, y)`` along a line of points ``(n, 2)``, from its start on, as many as fit."""
     along = np.concatenate([[0.0], np.cumsum(_lengths(line))])
-    found = []
+    found: list[tuple[float, ...]] = []
     for k in range(math.floor((along[-1] + gap) / (length + gap) + 1e-9)):
         ends = np.minimum((k * (length + gap), k * (length + gap) + length), along[-1])
         (ax, bx), (ay, by) = (np.interp(ends, along, line[:, axis]) for axis in (0, 1))
@@ -195,6 +196,6 @@ def _rendered(lines: Sequence[NDArray[np.float64]], config: PathfinderConfig, *,
         for dash in dashes(line, length=config.dash_length, gap=2 * config.dash_margin):
             pen.line([scale * value for value in dash], fill=255, width=round(scale * config.dash_thickness))
     if disc:
-        x, y, radius = *(scale * lines[0][0]), scale * config.marker_radius
+        (x, y), radius = (scale * lines[0][0]).tolist(), scale * config.marker_radius
         pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=255)
-    return np.asarray(canvas.resize((size, size), Image.Resampling.BOX), np.float32) / 255
+    return np.asarray(canvas.resize((size, size), Image.Resampling.BOX), np.float32) / np.float32(255)

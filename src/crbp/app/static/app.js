@@ -65,10 +65,25 @@
 
   // A play button, a slider and the step, below whatever `show` draws.
   class Steps extends HTMLElement {
+    static observedAttributes = ["data-show"];
+
     connectedCallback() {
-      if (this.data) return;
-      this.data = JSON.parse(this.dataset.show);
-      this.removeAttribute("data-show");
+      this.renew();
+    }
+
+    // Gradio updates what is on the page in place, attribute by attribute, and takes away children it does not know.
+    attributeChangedCallback() {
+      if (this.isConnected) queueMicrotask(() => this.renew());
+    }
+
+    renew() {
+      if (this.dataset.show === this.built) return;
+      this.built = this.dataset.show;
+      this.data = JSON.parse(this.built);
+      clearInterval(this.timer);
+      this.timer = undefined;
+      this.replaceChildren();
+      delete this.dataset.ready;
       this.build();
     }
 
@@ -85,8 +100,9 @@
       const ticks = element("div", { class: "ticks", "aria-hidden": "true" });
       for (const { step, text, colour } of marks) {
         const share = steps.length > 1 ? steps.indexOf(step) / (steps.length - 1) : 0;
-        const tick = element("span", { style: `left: calc(${share} * (100% - 1.5rem) + .75rem); color: ${colour}` }, text);
-        ticks.append(tick);
+        const side = marks.length < 2 ? "" : step === Math.min(...marks.map((mark) => mark.step)) ? "before" : "after";
+        const place = `left: calc(${share} * (100% - 1rem) + .5rem); color: ${colour}`;
+        ticks.append(element("span", { style: place, class: side }, text));
       }
       this.button.addEventListener("click", () => this.play(!this.timer));
       this.slider.addEventListener("input", () => {
@@ -125,6 +141,7 @@
   class Player extends Steps {
     async build() {
       const { data } = this;
+      this.place = undefined;
       this.dataset.run = data.number;
       this.view = "probability";
       this.append(this.views());
@@ -151,9 +168,13 @@
       this.bar(steps, marks, "step t");
       this.append(this.charts(), this.maps());
       await this.decode(canvas);
+      if (data !== this.data) return; // another run has taken its place meanwhile
       this.go(1);
       for (const late of document.querySelectorAll("crbp-radii")) late.tell?.();
       this.dataset.ready = "true";
+      // On a narrow screen it lies below what was pressed.
+      if (Player.first !== undefined && innerWidth < 700) this.scrollIntoView({ behavior: calm() ? "auto" : "smooth" });
+      Player.first ??= data.number;
       if (!calm()) this.play(true);
     }
 
@@ -185,7 +206,8 @@
     async decode(canvas) {
       const { data } = this;
       const { width, height } = data;
-      this.image = grey(await picture(data.image), width, height);
+      const places = this.querySelectorAll(".maps canvas");
+      const image = (this.image = grey(await picture(data.image), width, height));
       const target = data.target && grey(await picture(data.target), width, height);
       const edge = (i) => {
         if (!target || target[i]) return false;
@@ -195,7 +217,7 @@
           return inside && target[i + dx + dy * width];
         });
       };
-      paint(canvas, (i) => (edge(i) ? [0, 158, 115] : Array(3).fill(this.image[i])));
+      paint(canvas, (i) => (edge(i) ? [0, 158, 115] : Array(3).fill(image[i])));
       for (const model of data.models) {
         model.strips = {
           probability: await picture(model.probability),
@@ -203,7 +225,7 @@
         };
         model.map = grey(await picture(model.reaction), width, height);
       }
-      this.querySelectorAll(".maps canvas").forEach((where, k) => {
+      places.forEach((where, k) => {
         paint(where, (i) => VIRIDIS[data.models[k].map[i]]);
       });
     }
@@ -228,7 +250,7 @@
     charts() {
       const { data } = this;
       const curves = (key) => data.models.map((model) => model[key].map((y, i) => [i + 1, y]));
-      const unsure = data.models.map((model) => `ξ = ${model.reactionMean.toPrecision(3)}`);
+      const unsure = data.models.map((model) => `ξ = ${reaction(model)}`);
       const trained = data.models.map((model) => model.trained);
       const go = (t) => {
         this.play(false);
@@ -256,7 +278,7 @@
       const row = element("div", { class: "maps" });
       data.models.forEach((model, k) => {
         const title = element("strong", { style: `color: var(--model-${k})` }, model.name);
-        const value = element("span", { class: "numbers" }, `mean ξ ${model.reactionMean.toPrecision(3)}`);
+        const value = element("span", { class: "numbers" }, `mean ξ ${reaction(model)}`);
         row.append(figure(data.width, data.height, `reaction-time map of ${model.name}`, title, value)[0]);
       });
       const scale = element("p", { class: "scale" }, `${low}`, element("i", { style: `background: ${gradient("viridis")}` }), `${high}`);
@@ -271,6 +293,7 @@
     }
   }
 
+  const reaction = (model) => model.reactionMean?.toPrecision(4) ?? "not finite";
   const round = (value) => Number(value.toPrecision(2));
 
   // Curves of both models against t, with N, the step shown, and a click to go to a step.
@@ -279,7 +302,7 @@
       Object.assign(this, settings);
       this.width = 320;
       this.height = 170;
-      this.box = { left: 40, right: 8, top: 10, bottom: 24 };
+      this.box = { left: 46, right: 8, top: 10, bottom: 24 };
       this.svg = svg("svg", { viewBox: `0 0 ${this.width} ${this.height}`, role: "img", "aria-label": title });
       this.values = element("span", { class: "numbers" });
       this.figure = element("figure", {}, element("figcaption", {}, title, this.values), this.svg);
@@ -289,7 +312,7 @@
         const inside = (x - this.box.left) / (this.width - this.box.left - this.box.right);
         this.go(Math.min(this.last, Math.max(1, Math.round(1 + inside * (this.last - 1)))));
       });
-      this.draw(this.trained.map(() => []));
+      this.draw(this.trained.map(() => []), { done: false });
     }
 
     x(t) {
@@ -339,7 +362,7 @@
       });
       curves.forEach((points, k) => this.curve(points.filter(([, y]) => this.usable(y)), k, dots));
       if (this.waits && !done) {
-        this.svg.append(svg("text", { x: this.width - right - 4, y: top + 10, "text-anchor": "end" }, this.waits));
+        this.svg.append(svg("text", { x: this.width - right - 4, y: floor - 6, "text-anchor": "end" }, this.waits));
       }
       this.now = svg("line", { y1: top, y2: floor, class: "now" });
       this.svg.append(this.now);
@@ -392,7 +415,9 @@
 
   // What comes in after a player was shown: told to the player of the same run.
   class Radii extends HTMLElement {
-    connectedCallback() {
+    static observedAttributes = ["data-show"];
+
+    attributeChangedCallback() {
       this.tell();
     }
 
