@@ -81,6 +81,15 @@ def _export(arguments: list[str]) -> None:
     export(arguments)
 
 
+def _app(arguments: list[str]) -> None:
+    _need("app", "gradio", "lightning", "jsonargparse", "torchmetrics", "safetensors", "numba", "matplotlib", "scipy")
+    from crbp.app import main as app
+    from crbp.ops import keep_freed_memory
+
+    keep_freed_memory()
+    app(arguments)
+
+
 def _doctor(arguments: list[str]) -> int:
     from crbp.doctor import main as doctor
 
@@ -131,6 +140,7 @@ COMMANDS = {
         "crbp analyze runs/NAME/version_0/weights/best.safetensors --out analysis",
         _analyze,
     ),
+    "app": _Command("watch models trace contours in the browser, offline", "crbp app --open", _app),
     "model-summary": _Command(
         "count the parameters of a panoptic model", "crbp model-summary rfpn --depth 50", _model_summary
     ),

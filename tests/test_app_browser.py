@@ -1,0 +1,280 @@
+"""The live demo, end to end: the real server, a real browser, and what a user does with it.
+
+With CRBP_SCREENSHOTS=FOLDER the pictures of the documentation are taken on the way.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from crbp.app.images import FRAMES
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
+pytest.importorskip("gradio_client", reason="the extra app is not installed")
+api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+pytestmark = pytest.mark.slow
+
+PATIENCE = 120_000  # milliseconds: a busy machine with two cores takes its time
+DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    file = os.environ.get("CRBP_CHROMIUM") or shutil.which("chromium")
+    if file is None:
+        pytest.skip("there is no browser; put chromium on the PATH, or its path into CRBP_CHROMIUM")
+    as_root = hasattr(os, "geteuid") and os.geteuid() == 0
+    with api.sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=file, args=["--no-sandbox"] if as_root else [])
+        yield started
+        started.close()
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "crbp.cli", "app", "--port", str(port)]
+    if given := os.environ.get("CRBP_PANOPTIC"):
+        command += ["--panoptic", given]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        line = server.stdout.readline()
+        assert line.startswith(f"Open http://127.0.0.1:{port}/"), line
+        yield f"http://127.0.0.1:{port}/"
+        server.terminate()
+
+
+@pytest.fixture
+def page(browser: Browser, address: str, request: pytest.FixtureRequest) -> Iterator[Page]:
+    """The page with its first image traced; what it asks of other hosts, and errors in it, fail the test."""
+    faults: list[str] = []
+    context = browser.new_context(viewport=getattr(request, "param", DESKTOP), reduced_motion="reduce")
+    opened = context.new_page()
+    opened.set_default_timeout(PATIENCE)
+    opened.on("pageerror", lambda error: faults.append(str(error)))
+    opened.on(
+        "request", lambda asked: None if asked.url.startswith((address, "data:", "blob:")) else faults.append(asked.url)
+    )
+    opened.goto(address)
+    opened.wait_for_selector("crbp-player[data-ready]")
+    yield opened
+    context.close()
+    assert not faults
+
+
+def photograph(page: Page, name: str, **settings: Any) -> None:
+    if folder := os.environ.get("CRBP_SCREENSHOTS"):
+        page.wait_for_timeout(500)
+        page.screenshot(path=Path(folder) / f"{name}.png", **settings)
+
+
+def number(page: Page) -> int:
+    return int(page.locator("crbp-player").get_attribute("data-run") or 0)
+
+
+def traced(page: Page, before: int) -> None:
+    """Wait for the next run to be shown."""
+    page.wait_for_selector(f"crbp-player[data-ready]:not([data-run='{before}'])")
+
+
+def pictures(page: Page) -> list[str]:
+    """What the canvases of the panels show."""
+    found: list[str] = page.eval_on_selector_all(
+        "crbp-player .panels canvas", "all => all.map(each => each.toDataURL())"
+    )
+    return found
+
+
+def go(page: Page, t: int) -> None:
+    page.eval_on_selector(
+        "crbp-player input[type=range]", "(each, t) => { each.value = t; each.dispatchEvent(new Event('input')); }", t
+    )
+
+
+def message(page: Page) -> str:
+    toast = page.locator(".toast-body").last
+    toast.wait_for()
+    return toast.inner_text()
+
+
+def test_make_scrub_and_compare(page: Page) -> None:
+    player = page.locator("crbp-player")
+    assert player.get_by_text("t = 1 of 48").is_visible()
+    for text in ("small9_hgru_crbp", "small9_hgru_bptt", "N = 12", "N = 6"):
+        assert player.get_by_text(text, exact=True).first.is_visible()
+    image, left, right = pictures(page)
+    slider = player.locator("input[type=range]")
+    slider.focus()
+    for _ in range(11):
+        page.keyboard.press("ArrowRight")
+    assert player.get_by_text("t = 12 of 48").is_visible()
+    later = pictures(page)
+    assert later[0] == image
+    assert later[1] != left
+    assert later[2] != right
+    assert later[1] != later[2]
+    page.keyboard.press("End")
+    assert player.get_by_text("t = 48 of 48").is_visible()
+    assert player.locator("figcaption").nth(1).inner_text().endswith("F1 1.000")
+    go(page, 12)
+    assert pictures(page) == later
+    player.get_by_role("button", name="Uncertainty ε").press("Enter")
+    assert pictures(page)[1] != later[1]
+    player.get_by_role("button", name="Probability").press("Enter")
+    assert pictures(page) == later
+
+
+def test_play_goes_on_by_itself_and_starts_again_at_the_end(page: Page) -> None:
+    player = page.locator("crbp-player")
+    player.get_by_role("button", name="Play").press("Space")
+    page.wait_for_selector("crbp-player[data-t='3']")
+    player.get_by_role("button", name="Pause").click()
+    stopped = player.get_attribute("data-t")
+    page.wait_for_timeout(400)
+    assert player.get_attribute("data-t") == stopped
+    go(page, 48)
+    player.get_by_role("button", name="Play").click()
+    page.wait_for_selector("crbp-player[data-t='2']")
+
+
+def test_radii_come_in_and_a_click_on_a_chart_goes_to_its_step(page: Page) -> None:
+    page.wait_for_selector("crbp-player .dot.model-0")
+    page.wait_for_selector("crbp-player .dot.model-1")
+    player = page.locator("crbp-player")
+    chart = player.locator(".charts svg").first
+    box = chart.bounding_box()
+    assert box is not None
+    chart.click(position={"x": box["width"] - 2, "y": box["height"] / 2})
+    assert player.get_by_text("t = 48 of 48").is_visible()
+    assert "not trained with an evidential loss" in player.inner_text()
+    if "CRBP_SCREENSHOTS" in os.environ:  # a busy machine takes minutes for all of them
+        page.wait_for_function("document.querySelectorAll('crbp-player .dot').length >= 13")
+    go(page, 12)
+    photograph(page, "app", full_page=True)
+
+
+def test_another_image_takes_the_next_seed(page: Page) -> None:
+    before, (image, *_) = number(page), pictures(page)
+    page.locator("#another").click()
+    traced(page, before)
+    assert pictures(page)[0] != image
+    assert page.locator("#seed input").input_value() == "1"
+
+
+def test_settings_without_an_image_give_a_message(page: Page) -> None:
+    page.locator("#distractors input[type=number]").fill("20")
+    page.locator("#length input[type=number]").fill("25")
+    page.locator("#make").click()
+    told = message(page)
+    assert "do not fit into the picture of seed 0; choose fewer or shorter ones, or another seed" in told
+
+
+def test_a_drawing_is_traced(page: Page) -> None:
+    page.get_by_role("tab", name="Draw").click()
+    page.locator("#draw").click()
+    assert "the drawing is empty: draw a line" in message(page)
+    before = number(page)
+    canvas = page.locator("crbp-pad canvas")
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    assert box is not None
+    for line in (
+        [(0.15, 0.3), (0.3, 0.22), (0.5, 0.2), (0.7, 0.27), (0.82, 0.42)],
+        [(0.2, 0.8), (0.5, 0.7), (0.6, 0.5)],
+    ):
+        points = [(box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in line]
+        page.mouse.move(*points[0])
+        page.mouse.down()
+        for point in points[1:]:
+            page.mouse.move(*point, steps=5)
+        page.mouse.up()
+    page.locator("#draw").click()
+    traced(page, before)
+    go(page, 48)
+    shown = page.locator("crbp-player figcaption").nth(1).inner_text()
+    assert float(re.findall(r"F1 ([\d.]+)", shown)[0]) > 0.8
+    for close in page.locator(".toast-close").all():
+        close.click()
+    photograph(page, "app_draw")
+
+
+def test_a_drawing_by_keys_alone(page: Page) -> None:
+    page.get_by_role("tab", name="Draw").click()
+    before = number(page)
+    page.locator("crbp-pad canvas").focus()
+    page.keyboard.press("Space")
+    for _ in range(5):
+        page.keyboard.press("Shift+ArrowRight")
+    page.keyboard.press("Space")
+    (stroke,) = json.loads(page.eval_on_selector("crbp-pad", "pad => pad.json"))
+    assert stroke[0] == [0.5, 0.5]
+    assert stroke[-1] == pytest.approx([0.8, 0.5])
+    page.locator("#draw").press("Enter")
+    traced(page, before)
+
+
+def test_a_bad_upload_gives_a_message_and_a_good_one_a_trace(page: Page, tmp_path: Path) -> None:
+    from PIL import Image
+
+    from crbp.app.images import made
+
+    page.get_by_role("tab", name="Upload").click()
+    page.locator("#upload").click()
+    assert "there is no file yet: choose one" in message(page)
+    (tmp_path / "broken.png").write_bytes(b"no picture at all")
+    page.locator("#file input[type=file]").set_input_files(tmp_path / "broken.png")
+    page.locator("#file").get_by_text("broken").first.wait_for()
+    page.locator("#upload").click()
+    page.get_by_text("broken.png: the image cannot be read; choose a PNG").wait_for()
+    before = number(page)
+    picture = made(frame=next(iter(FRAMES)), length=9, distractors=6, distractor_length=3, straightness=2.2, seed=5)
+    Image.fromarray((picture.image[0, 0] * 255).byte().numpy()).save(tmp_path / "good.png")
+    page.get_by_label("Remove this file").or_(page.get_by_label("Clear")).first.click()
+    page.locator("#file input[type=file]").set_input_files(tmp_path / "good.png")
+    page.locator("#file").get_by_text("good").first.wait_for()
+    page.locator("#upload").click()
+    traced(page, before)
+    assert page.get_by_text("good.png, shown to the models as 48 × 48 pixels.").is_visible()
+
+
+@pytest.mark.parametrize("page", [PHONE], indirect=True)
+def test_a_phone_has_no_horizontal_scroll(page: Page) -> None:
+    for tab in ("Draw", "Upload", "Make", "Panoptic segmentation", "Contours"):
+        page.get_by_role("tab", name=tab).click()
+        page.wait_for_timeout(200)
+        wide, inner = page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
+        assert wide <= inner == PHONE["width"]
+    before = number(page)
+    page.locator("#another").click()
+    traced(page, before)
+    page.wait_for_function("Math.abs(document.querySelector('crbp-player').getBoundingClientRect().top) < 300")
+    go(page, 10)
+    photograph(page, "app_phone")
+
+
+def test_the_panoptic_tab(page: Page) -> None:
+    page.get_by_role("tab", name="Panoptic segmentation").click()
+    if "CRBP_PANOPTIC" not in os.environ:
+        assert page.get_by_text("No panoptic model is loaded").is_visible()
+        assert page.get_by_text("mini_rfpn_crbp10.yaml").is_visible()
+        return
+    page.locator("#segment").click()
+    page.wait_for_selector("crbp-frames[data-ready]")
+    page.locator("crbp-frames input[type=range]").press("End")
+    assert page.locator("crbp-frames figcaption").inner_text().endswith("of stuff")
+    photograph(page, "app_panoptic")
