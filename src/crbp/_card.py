@@ -13,6 +13,7 @@ import yaml
 from torch import nn
 
 import crbp
+from crbp._logs import scalars
 from crbp.tasks import Origin
 
 _CARD = """---
@@ -97,17 +98,12 @@ def _of_run(checkpoint: Path) -> dict[str, Any]:
 
 def _of_logs(run: Path, which: str) -> dict[str, float]:
     """What was validated when the best weights were kept; the last may have been trained on since."""
-    if which != "best" or not any(run.glob("events.out.tfevents.*")):
-        return {}
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(run)).Reload()
-    curves = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"] if tag.startswith("val/")}
+    curves = scalars(run, tags=("val/",)) if which == "best" else {}
     judged = curves.get("val/f1", [])
     if not judged:
         return {}
-    step = max(judged, key=lambda event: event.value).step
-    values = {tag: event.value for tag, curve in curves.items() for event in curve if event.step == step}
+    step = max(judged, key=lambda each: each[1])[0]
+    values = {tag: value for tag, curve in curves.items() for at, value in curve if at == step}
     return {"training steps": step + 1, **values}
 
 
