@@ -16,9 +16,9 @@ from torch import Tensor
 from crbp.analysis.overlay import font_of
 
 # Okabe and Ito: told apart by colour-blind readers.
-_TRACED, _MISSED, _WRONG = np.array([240, 228, 66]), np.array([0, 114, 178]), np.array([213, 94, 0])
+_TRACED, _MISSED, _WRONG = np.array([240, 228, 66]), np.array([86, 180, 233]), np.array([213, 94, 0])
 _GROUND, _INK, _FAINT = (24, 24, 28), (240, 240, 240), (110, 110, 118)  # an own ground: pages are light or dark
-COLOURS = "Yellow: traced. Blue: on the contour and not traced. Red: traced and not on the contour."
+COLOURS = "Yellow: traced. Blue: on the contour and not reached. Red: traced and not on the contour."
 GAP = 2  # pixels between images
 LARGEST = 800_000  # bytes of an animation
 _MOST = 40  # pictures of one
@@ -28,7 +28,7 @@ _SECONDS = {"up to N": 0.16, "beyond": 0.1, "at N": 1.0, "at the end": 1.6}
 def tracing_frames(image: Tensor, mask: Tensor, probability: Tensor, *, columns: int = 3) -> list[Image.Image]:
     """What a model has traced after each step, as one picture of all images, a pixel of it one of theirs.
 
-    Yellow is traced; blue is on the contour and not traced; red is traced and not on the contour.
+    Yellow is traced; blue is on the contour and not reached; red is traced and not on the contour.
 
     Args:
         image: ``(B, 1, H, W)`` in [0, 1].
@@ -182,7 +182,7 @@ def _panel(
         draw.rectangle((at - 1, top - 4, at + 1, top + 10), tuple(_TRACED.tolist()))
         draw.text((at, top + 12), f"N = {n}", _INK, small, "ma")
     left = margin
-    for colour, text in ((_TRACED, "traced"), (_MISSED, "missed"), (_WRONG, "not on the contour")):
+    for colour, text in ((_TRACED, "traced"), (_MISSED, "not reached"), (_WRONG, "not on the contour")):
         draw.rectangle((left, top + 33, left + 10, top + 43), tuple(colour.tolist()))
         draw.text((left + 15, top + 38), text, _INK, small, "lm")
         left += 15 + round(small.getlength(text)) + 18

@@ -158,7 +158,9 @@ def _of_time(name: str, found: Analysis, seen: Images) -> dict[str, tuple[Figure
             RESIDUAL,
         ),
         "penalty": (
-            figures.over_steps({name: found.penalty}, trained=n, label="Lipschitz coefficient penalty"),
+            figures.over_steps(
+                {name: found.penalty}, trained=n, label="Lipschitz coefficient penalty", linear_below=figures.NEGLIGIBLE
+            ),
             f"{PENALTY} Of {min(PENALISED, len(seen.image))} images.",
         ),
     }

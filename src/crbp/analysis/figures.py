@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 _PATHS = 12  # images whose way through the state space is drawn
+NEGLIGIBLE = 1e-6  # of a penalty: below it, an axis is linear
 # Okabe and Ito: told apart by colour-blind readers.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
@@ -81,6 +82,7 @@ def over_steps(
     label: str,
     level: tuple[str, float] | None = None,
     log: bool = False,
+    linear_below: float | None = None,
 ) -> Figure:
     """Curves against the step, with the steps trained for shaded, or marked where each model has its own.
 
@@ -90,6 +92,7 @@ def over_steps(
         label: of the vertical axis.
         level: name and height of a line to compare with.
         log: logarithmic vertical axis.
+        linear_below: where a logarithmic axis becomes a linear one that has zero on it.
     """
     figure, axes = _axes()
     longest = max(len(curve) for curve in curves.values())
@@ -101,7 +104,9 @@ def over_steps(
         axes.plot(np.arange(1, len(curve) + 1), curve.numpy(), label=name, linewidth=2, **style, **marked)
     if level is not None:
         axes.axhline(level[1], color="0.5", linestyle=":", label=level[0])
-    if log:
+    if linear_below is not None:
+        axes.set_yscale("symlog", linthresh=linear_below)
+    elif log:
         axes.set_yscale("log")
     axes.set(xlabel="step t", ylabel=label, xlim=(0, longest))
     axes.legend(frameon=False)
@@ -177,13 +182,10 @@ def training(curves: Mapping[str, Sequence[tuple[int, float]]]) -> Figure:
     for (name, curve), style in zip(curves.items(), _styles(), strict=False):
         at, values = np.asarray(curve, float).reshape(-1, 2).T
         axes.plot(at, values, label=name, linewidth=2, **style)
-    axes.set(xlabel="optimiser step", ylabel="logged value", yscale="symlog" if not _positive(curves) else "log")
+    axes.set(xlabel="optimiser step", ylabel="logged value")
+    axes.set_yscale("symlog", linthresh=NEGLIGIBLE)
     axes.legend(frameon=False)
     return figure
-
-
-def _positive(curves: Mapping[str, Sequence[tuple[int, float]]]) -> bool:
-    return all(value > 0 for curve in curves.values() for _, value in curve)
 
 
 def _styles() -> Iterator[dict[str, str]]:

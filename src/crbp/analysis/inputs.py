@@ -37,10 +37,10 @@ class Images:
     seed: int
 
 
-def add_images(parser: argparse.ArgumentParser) -> None:
-    """Add the options that choose the images."""
+def add_images(parser: argparse.ArgumentParser, *, default: str = "what it was trained on") -> None:
+    """Add the options that choose the images; ``default`` says which they are otherwise."""
     parser.add_argument("--images", type=int, default=128, metavar="B", help="of the validation split (default: 128)")
-    parser.add_argument("--preset", choices=sorted(PRESETS), help="task (default: what it was trained on)")
+    parser.add_argument("--preset", choices=sorted(PRESETS), help=f"task (default: {default})")
     parser.add_argument("--seed", type=int, default=0, help="of the images of a preset (default: 0)")
 
 

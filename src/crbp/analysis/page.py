@@ -81,6 +81,7 @@ _TEMPLATE = """<!doctype html>
 <title>{title}</title>
 <style>
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }}
+h1, p {{ overflow-wrap: anywhere; }}
 h1 {{ line-height: 1.2; }}
 img {{ max-width: 100%; height: auto; }}
 figure {{ margin: 2rem 0; }}
