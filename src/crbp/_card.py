@@ -12,7 +12,6 @@ from typing import Any
 import yaml
 from torch import nn
 
-import crbp
 from crbp._logs import scalars
 from crbp.tasks import Origin
 
@@ -25,7 +24,7 @@ tags: [crbp, recurrent, {kind}]
 
 # {name}
 
-A `{kind}` of {parameters:,} parameters, trained with [crbp](https://arxiv.org/abs/2005.11362) {version}.
+A `{kind}` of {parameters:,} parameters, trained with [crbp](https://arxiv.org/abs/2005.11362){version}.
 
 ```python
 import crbp.hub
@@ -59,7 +58,9 @@ def written_card(checkpoint: Path, net: nn.Module, origin: Origin, *, numbers: M
         numbers: further ones, by name.
         licence: of the weights.
     """
-    known = {**_of_table(checkpoint), **_of_run(checkpoint), **numbers}
+    version = origin.code.get("crbp")
+    code = {name: origin.code[name] for name in ("commit", "project commit") if name in origin.code}
+    known = {**code, **_of_table(checkpoint), **_of_run(checkpoint), **numbers}
     known = {name: value for name, value in known.items() if value not in ("", None)}
     rows = [f"| {_line(name)} | {_short(value)} |" for name, value in known.items()]
     table = "\n".join(["| | |", "|---|---|", *rows]) if rows else "Nothing is recorded beside the weights."
@@ -67,9 +68,9 @@ def written_card(checkpoint: Path, net: nn.Module, origin: Origin, *, numbers: M
         name=_line(origin.name or checkpoint.stem),
         kind=type(net).__name__,
         parameters=sum(parameter.numel() for parameter in net.parameters()),
-        version=crbp.__version__,
+        version=f" {_line(version)}" if version else ", in a version that is not known",
         licence=json.dumps(licence),
-        numbers=table if "commit" in known else f"{table}\n\nThe commit is not recorded.",
+        numbers=table if "commit" in known else f"{table}\n\nThe commit of crbp is not known.",
         data=_block(origin.run["data"]) if "data" in origin.run else "It is not recorded.",
         net=_block(origin.run.get("model", origin.net)),
     )

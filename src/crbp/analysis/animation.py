@@ -220,7 +220,7 @@ _SCRUBBER = """<figure id="scrubber" class="scrubber">
   const show = () => {{
     const step = Number(range.value);
     pictures.forEach((picture, i) => {{ picture.src = "data:image/png;base64," + frames[i][step - 1]; }});
-    const where = step > Math.max(...trained) ? ", beyond the steps trained for" : trained.includes(step) ? " = N" : "";
+    const where = step > Math.max(...trained) ? ", beyond the steps trained for" : step === trained[0] && trained.length === 1 ? " = N" : "";
     told.textContent = "step " + step + " of {last}" + where;
     range.setAttribute("aria-valuetext", told.textContent);
   }};

@@ -73,7 +73,8 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
     head, *body = rows
     lines = ["<tr><td>" + "".join(f"<th>{cell}" for cell in head[1:])] if any(head) else []
     lines += [f"<tr><th>{row[0]}" + "".join(f"<td>{cell}" for cell in row[1:]) for row in body]
-    return '<div class="wide"><table>' + "\n".join(lines) + "</table></div>"
+    text = re.sub(r"(\de)-(\d)", r"\1&#8209;\2", "\n".join(lines))  # a narrow page would break 1e-05 in two
+    return f'<div class="wide"><table>{text}</table></div>'
 
 
 _TEMPLATE = """<!doctype html>
