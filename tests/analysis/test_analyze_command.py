@@ -14,7 +14,8 @@ from crbp.tasks import Origin, save_net
 from crbp.tasks.weights import build
 
 CELL = {"class_path": "crbp.cells.HGRU", "init_args": {"channels": 3, "kernel_size": 3}}
-NET = {"class_path": "crbp.models.PathfinderNet", "init_args": {"cell": CELL, "evolve": {"steps": 3}}}
+EVOLVE = {"steps": 3, "gradient": {"class_path": "crbp.RBP"}}
+NET = {"class_path": "crbp.models.PathfinderNet", "init_args": {"cell": CELL, "evolve": EVOLVE}}
 FEEDFORWARD = {"class_path": "crbp.models.FeedForwardNet", "init_args": {"channels": 3, "kernel_size": 3}}
 SOURCE = {"class_path": "crbp.tasks.Generated", "init_args": {"preset": "mini"}}
 RUN = {"data": {"class_path": "crbp.tasks.ContourData", "init_args": {"source": SOURCE, "seed": 3}}}

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-import crbp
 from crbp._checkpoint import checkpoint_file
 from crbp.analysis import follow, late_radius, memory_curve
 from crbp.analysis.inputs import images_of
@@ -157,4 +156,3 @@ def test_states_that_do_not_stay_finite_are_told(tmp_path: Path, capsys: pytest.
     assert compared(out)["models"]["wild"]["median_radius"] is None
     assert "not finite" in capsys.readouterr().out
     assert (out / "report.html").stat().st_size > 10_000
-    assert crbp.DivergenceWarning  # none was raised: the tests make errors of warnings

@@ -6,6 +6,7 @@ import base64
 import html
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -71,7 +72,8 @@ def tracing_gif(
         made = _gif(frames, trained, scale, most)
         if len(made) <= largest or (scale == 1 and most <= 5):
             return made
-        scale, most = (scale - 1, most) if scale > 1 else (1, most // 2)
+        smaller = int(scale * math.sqrt(largest / len(made)))
+        scale, most = (max(1, min(scale - 1, smaller)), most) if scale > 1 else (1, most // 2)
 
 
 def scrubber(frames: Mapping[str, Sequence[Image.Image]], *, trained: Mapping[str, int], gif: bytes) -> str:

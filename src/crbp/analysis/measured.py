@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -161,10 +162,12 @@ def analyse(
 def training_memory(net: PathfinderNet, image: Tensor, *, steps: Sequence[int], penalty: Penalty | None) -> Memory:
     """What a training step keeps, with the model's own gradient and with `crbp.BPTT`."""
     steps = tuple(sorted(set(steps)))
-    own, bptt = (
-        tuple(memory_curve(net, image, gradient=gradient, steps=steps, penalty=penalty))
-        for gradient in (net.evolve.gradient, crbp.BPTT())
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", crbp.DivergenceWarning)  # what is kept does not depend on it
+        own, bptt = (
+            tuple(memory_curve(net, image, gradient=gradient, steps=steps, penalty=penalty))
+            for gradient in (net.evolve.gradient, crbp.BPTT())
+        )
     named = "" if penalty is None else type(penalty).__name__
     return Memory(steps=steps, gradient=type(net.evolve.gradient).__name__, own=own, bptt=bptt, penalty=named)
 
