@@ -58,9 +58,7 @@ def test_a_package_installed_below_a_repository_is_not_of_it(project: Path, monk
     assert code() == {"crbp": crbp.__version__}
 
 
-def test_nothing_fails_without_git_or_a_commit(
-    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_fails_without_git_or_a_commit(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     assert commit(empty) is None

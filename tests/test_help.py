@@ -82,7 +82,8 @@ def test_bash_completes_commands_options_and_files(
 ) -> None:
     (tmp_path / "weights.safetensors").touch()
     words = shlex.join(["crbp", *typed])
-    ask = f"source {script}; COMP_WORDS=({words}); COMP_CWORD={len(typed)}; _shtab_crbp; printf '%s\\n' \"${{COMPREPLY[@]}}\""
+    ask = f"source {script}; COMP_WORDS=({words}); COMP_CWORD={len(typed)}; _shtab_crbp; "
+    ask += "printf '%s\\n' \"${COMPREPLY[@]}\""
     done = subprocess.run(["bash", "-c", ask], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert set(done.stdout.split()) == wanted, done.stderr
 

@@ -61,7 +61,9 @@ class Parser(argparse.ArgumentParser):
 def told_examples(prog: str) -> str:
     """The end of a command's help."""
     found = EXAMPLES.get(prog, ())
-    return "".join([f"\nexample{'s' if len(found) > 1 else ''}:\n", *(f"  {each}\n" for each in found)]) if found else ""
+    return (
+        "".join([f"\nexample{'s' if len(found) > 1 else ''}:\n", *(f"  {each}\n" for each in found)]) if found else ""
+    )
 
 
 def reserve(folder: Path, files: list[Path]) -> None:

@@ -49,9 +49,7 @@ def main(arguments: list[str], commands: Mapping[str, Command]) -> None:
     """
     shell = parser().parse_args(arguments).shell
     if find_spec("shtab") is None:
-        raise CrbpError(
-            "this command needs shtab, not installed here; run: pip install 'crbp[completion]'"
-        )
+        raise CrbpError("this command needs shtab, not installed here; run: pip install 'crbp[completion]'")
     import shtab
 
     print(shtab.complete(_whole(commands), shell))
@@ -80,7 +78,8 @@ def _whole(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
         if command.parts:
             parts = within.add_subparsers()
             for part, make in command.parts.items():
-                parts.add_parser(part, parents=[_made(make)], add_help=False)
+                made = _made(make)
+                parts.add_parser(part, help=made.description or part, parents=[made], add_help=False)
     return whole
 
 

@@ -153,9 +153,7 @@ COMMANDS = {
         _data,
         _parser("crbp.data.panoptic.command", "data_parser"),
     ),
-    "demo": _Command(
-        "see the stable and the unstable way to train side by side", _demo, _parser("crbp.demo.command")
-    ),
+    "demo": _Command("see the stable and the unstable way to train side by side", _demo, _parser("crbp.demo.command")),
     "analyze": _Command(
         "see what a trained model does beyond the steps it was trained for",
         _analyze,

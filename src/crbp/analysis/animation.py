@@ -1,4 +1,4 @@
-"""Contours being traced, as pictures: one for every step, an animation of them, and a page's part to go through them."""
+"""Contours being traced: a picture for every step, an animation, and a page's part to go through them."""
 
 from __future__ import annotations
 
@@ -222,7 +222,8 @@ _SCRUBBER = """<figure id="scrubber" class="scrubber">
   const show = () => {{
     const step = Number(range.value);
     pictures.forEach((picture, i) => {{ picture.src = "data:image/png;base64," + frames[i][step - 1]; }});
-    const where = step > Math.max(...trained) ? ", beyond the steps trained for" : step === trained[0] && trained.length === 1 ? " = N" : "";
+    const where = step > Math.max(...trained) ? ", beyond the steps trained for"
+      : step === trained[0] && trained.length === 1 ? " = N" : "";
     told.textContent = "step " + step + " of {last}" + where;
     range.setAttribute("aria-valuetext", told.textContent);
   }};

@@ -47,9 +47,7 @@ def main(arguments: list[str]) -> None:
     with console.status("Making the images …"):
         seen = images(options, file, origin, trust=trust)
     with console.status("Following the model step by step …"), torch.inference_mode(False):
-        found = analyse(
-            net, seen.image, seen.mask, steps=options.steps, penalty=penalty, training=training_log(file)
-        )
+        found = analyse(net, seen.image, seen.mask, steps=options.steps, penalty=penalty, training=training_log(file))
     numbers = {"checkpoint": str(file), "images": len(seen.image), "task": seen.task, **found.numbers()}
     write_numbers(folder / "analysis.json", numbers)
     _write(folder / "report.html", file, origin.name or file.stem, found, seen)
@@ -79,8 +77,8 @@ def _rows(found: Analysis) -> list[tuple[str, str]]:
         (f"F1 after the {n} steps trained for", f"{numbers['f1_at_n']:.3f}"),
         (f"F1 after {last} steps", f"{numbers['f1_at_end']:.3f}"),
         ("F1 at its best", f"{numbers['f1_best']:.3f}, after {numbers['f1_best_at']} steps"),
-        (f"relative residual after {n} steps", f"{numbers['residual_at_n']:.1e}"),
-        (f"relative residual after {last} steps", f"{numbers['residual_at_end']:.1e}"),
+        (f"relative residual after {n} steps", f"{found.trajectory.residual[n - 1]:.1e}"),
+        (f"relative residual after {last} steps", f"{found.trajectory.residual[-1]:.1e}"),
         (f"Lipschitz coefficient penalty after {n} and {last} steps", _two(found)),
     ]
     if len(found.radius):
@@ -122,7 +120,7 @@ def _write(file: Path, checkpoint: Path, name: str, found: Analysis, seen: Image
         file,
         title=f"crbp: {name}",
         heading=f"{html.escape(name)}, step by step",
-        lead=f"<p>{html.escape(str(checkpoint))}, {len(seen.image)} images of <code>{html.escape(seen.task)}</code>.</p>",
+        lead=f"<p>{html.escape(f'{checkpoint}, {len(seen.image)} images of {seen.task}')}.</p>",
         table=[("", ""), *_rows(found)],
         first=scrubber(frames, trained=trained, gif=gif),
         figures={**_of_images(found, seen), **_of_time(name, found, seen), **_of_training(found)},

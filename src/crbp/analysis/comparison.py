@@ -31,7 +31,7 @@ from crbp.analysis.inputs import (
     trained_on,
     unfused,
 )
-from crbp.analysis.measured import PENALISED, Memory, penalty_of, training_memory, write_numbers
+from crbp.analysis.measured import PENALISED, Memory, penalty_of, plain, training_memory, write_numbers
 from crbp.analysis.page import PENALTY, RESIDUAL, write_page
 from crbp.analysis.trajectory import Trajectory, follow, late_radius, penalty_curve
 from crbp.errors import CrbpError
@@ -73,10 +73,10 @@ class Measured:
     parameters: int
 
     def numbers(self) -> dict[str, Any]:
-        """All of it that is a number; 4N is four times this model's own N."""
+        """All of it that is a number, None for what is not finite; 4N is four times this model's own N."""
         n, late = self.trained, 4 * self.trained
         f1, residual, memory = self.trajectory.f1, self.trajectory.residual, self.memory
-        return {
+        found = {
             "parameters": self.parameters,
             "gradient": memory.gradient,
             "trained_steps": n,
@@ -95,14 +95,15 @@ class Measured:
             "penalty": self.penalty.tolist(),
             "spectral_radius": self.radius.tolist(),
         }
+        return {name: plain(value) for name, value in found.items()}
 
 
 def main(arguments: list[str]) -> None:
     """Run the command.
 
     Raises:
-        CrbpError: if the options are wrong, a checkpoint or the images cannot be had, or the models are not of images of
-            one size.
+        CrbpError: if the options are wrong, a checkpoint or the images cannot be had, or the models are of images
+            of different sizes.
     """
     options = parser().parse_args(arguments)
     check_images(options)

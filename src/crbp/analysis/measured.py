@@ -75,10 +75,10 @@ class Analysis:
     training: Mapping[str, Curve] = field(default_factory=dict)
 
     def numbers(self) -> dict[str, Any]:
-        """All of it that is a number."""
+        """All of it that is a number; None for what is not finite, for which JSON has no word."""
         n, f1, residual = self.trained, self.trajectory.f1, self.trajectory.residual
         states, memory = self.states, self.memory
-        return {
+        found = {
             "parameters": self.parameters,
             "trained_steps": n,
             "steps": len(f1),
@@ -112,6 +112,7 @@ class Analysis:
             "arrival_at_n": self.trajectory.arrival(n).tolist(),
             "arrival_at_end": self.trajectory.arrival(len(f1)).tolist(),
         }
+        return {name: plain(value) for name, value in found.items()}
 
 
 def analyse(
@@ -190,16 +191,17 @@ def training_log(file: Path) -> dict[str, Curve]:
 
 
 def write_numbers(file: Path, numbers: Mapping[str, Any]) -> None:
-    """Write numbers as JSON, one name a line; what is not finite, for which JSON has no word, as null."""
-    lines = [f"  {json.dumps(name)}: {json.dumps(_plain(value), allow_nan=False)}" for name, value in numbers.items()]
+    """Write numbers as JSON, one name a line."""
+    lines = [f"  {json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in numbers.items()]
     write_whole(file, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """The same with None for every number in it that is not finite."""
     if isinstance(value, Mapping):
-        return {key: _plain(each) for key, each in value.items()}
+        return {key: plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
+        return [plain(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -53,9 +53,7 @@ def main(arguments: list[str]) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The command's parser."""
-    made = Parser(
-        prog="crbp demo", description="Train a small model with C-RBP beside one with BPTT; write a report."
-    )
+    made = Parser(prog="crbp demo", description="Train a small model with C-RBP beside one with BPTT; write a report.")
     made.add_argument("--quick", action="store_true", help="the same path in under 90 seconds, at lower quality")
     made.add_argument("--out", default="demo", metavar="DIR", help="folder of the report (default: demo)")
     made.add_argument("--json", metavar="FILE", help="write the numbers to this file as well")
