@@ -18,7 +18,8 @@ DPI = 140
 MEMORY = "What autograd keeps for the backward pass of one image, against the steps of recurrence"
 PENALTY = (
     "How far the columns of the step's Jacobian exceed 0.9, "
-    "mean((1<sup>T</sup>J<sub>t</sub> − 0.9)<sub>+</sub><sup>2</sup>): 0 where a change of the state dies out, as far as this can tell."
+    "mean((1<sup>T</sup>J<sub>t</sub> − 0.9)<sub>+</sub><sup>2</sup>): "
+    "0 where a change of the state dies out, as far as this can tell."
 )
 RESIDUAL = "How much the state still moves, ‖h<sub>t</sub> − h<sub>t−1</sub>‖ / ‖h<sub>t</sub>‖, mean over images."
 
