@@ -11,8 +11,9 @@ import torch
 
 import crbp.cli
 from crbp import NonFiniteWarning, __version__
+from crbp._command import EXAMPLES
 from crbp.cli import COMMANDS, main
-from crbp.tasks import load_net
+from crbp.tasks import WeightsError, load_net, load_trained
 
 MINI = str(Path(__file__).parents[1] / "configs" / "pathfinder" / "mini_hgru_crbp.yaml")
 TINY = [
@@ -47,9 +48,9 @@ def complaint(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def test_help_names_every_command_and_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
-    for name, command in COMMANDS.items():
+    for name in COMMANDS:
         assert f"  {name} " in shown
-        assert command.example in shown
+        assert EXAMPLES[f"crbp {name}"][0] in shown
     assert main([]) == 0
     assert capsys.readouterr().out == shown
 
@@ -156,6 +157,15 @@ def test_from_training_to_predictions(tmp_path: Path, capsys: pytest.CaptureFixt
     assert list(run.glob("events.out.tfevents.*"))
     net: Any = load_net(run / "weights" / "best.safetensors")
     assert net.evolve.steps == 3
+    code = json.loads((run / "code.json").read_text())
+    assert code["crbp"] == __version__
+    assert load_trained(run / "weights" / "best.safetensors")[1].code == code
+    assert load_trained(checkpoint)[1].code == code
+    (run / "code.json").unlink()  # as of a run of before
+    assert load_trained(checkpoint)[1].code == {}
+    (run / "code.json").write_text("[1]")
+    with pytest.raises(WeightsError, match="no mapping of texts"):
+        load_trained(checkpoint)
 
     # A run that was killed between its last checkpoint and its last weights has these when it is resumed.
     last = str(run / "checkpoints" / "last.ckpt")
@@ -228,5 +238,5 @@ def test_as_a_process() -> None:
     assert done.stdout == ""
     assert done.stderr.splitlines() == [
         "crbp: error: 'fitt' is no command of crbp; choose one of fit, validate, test, predict, generate, data, "
-        "demo, analyze, model-summary, bench, export, doctor (see crbp --help)"
+        "demo, analyze, compare, model-summary, bench, export, doctor, completion (see crbp --help)"
     ]

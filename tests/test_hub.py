@@ -77,10 +77,25 @@ def test_the_card_tells_what_the_run_has_and_the_caller_adds(tmp_path: Path) -> 
     assert "| mine | 3 |" in card
     assert "| f1 |" not in card
     assert 'license: "cc0-1.0"' in card
-    assert "The commit is not recorded." in card
+    assert "The commit of crbp is not known." in card
+    assert ", in a version that is not known." in card
     analysis["checkpoint"] = "best.safetensors"  # of other weights of the run
     (run / "analysis" / "analysis.json").write_text(json.dumps(analysis))
     assert "f1_at_end" not in (hub.save_pretrained(file, tmp_path / "a") / "README.md").read_text()
+
+
+def test_the_card_tells_which_code_trained_the_network(tmp_path: Path) -> None:
+    code = {"crbp": "0.0.9", "commit": "abc-dirty", "project commit": "de|f", "f1_at_n": "1.0"}
+    save_net(load_file(SHIPPED), tmp_path / "a.safetensors", Origin(net=net_of(SHIPPED), code=code))
+    folder = hub.save_pretrained(tmp_path / "a.safetensors", tmp_path / "net")
+    again = hub.save_pretrained(folder / "model.safetensors", tmp_path / "again")  # it is handed on
+    for card in ((each / "README.md").read_text() for each in (folder, again)):
+        assert "trained with [crbp](https://arxiv.org/abs/2005.11362) 0.0.9." in card
+        assert "| commit | abc-dirty |" in card
+        assert "| project commit | de\\|f |" in card
+        assert "is not known" not in card
+        assert "f1_at_n" not in card  # code is no number
+    assert json.loads((again / "config.json").read_text())["code"] == code
 
 
 @pytest.mark.parametrize("spoilt", [b"{", b"[1]", b"null", b"\xff"])

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from torch import nn
 
-import crbp
+from crbp._logs import scalars
 from crbp.tasks import Origin
 
 _CARD = """---
@@ -24,7 +24,7 @@ tags: [crbp, recurrent, {kind}]
 
 # {name}
 
-A `{kind}` of {parameters:,} parameters, trained with [crbp](https://arxiv.org/abs/2005.11362) {version}.
+A `{kind}` of {parameters:,} parameters, trained with [crbp](https://arxiv.org/abs/2005.11362){version}.
 
 ```python
 import crbp.hub
@@ -58,7 +58,9 @@ def written_card(checkpoint: Path, net: nn.Module, origin: Origin, *, numbers: M
         numbers: further ones, by name.
         licence: of the weights.
     """
-    known = {**_of_table(checkpoint), **_of_run(checkpoint), **numbers}
+    version = origin.code.get("crbp")
+    code = {name: origin.code[name] for name in ("commit", "project commit") if name in origin.code}
+    known = {**code, **_of_table(checkpoint), **_of_run(checkpoint), **numbers}
     known = {name: value for name, value in known.items() if value not in ("", None)}
     rows = [f"| {_line(name)} | {_short(value)} |" for name, value in known.items()]
     table = "\n".join(["| | |", "|---|---|", *rows]) if rows else "Nothing is recorded beside the weights."
@@ -66,9 +68,9 @@ def written_card(checkpoint: Path, net: nn.Module, origin: Origin, *, numbers: M
         name=_line(origin.name or checkpoint.stem),
         kind=type(net).__name__,
         parameters=sum(parameter.numel() for parameter in net.parameters()),
-        version=crbp.__version__,
+        version=f" {_line(version)}" if version else ", in a version that is not known",
         licence=json.dumps(licence),
-        numbers=table if "commit" in known else f"{table}\n\nThe commit is not recorded.",
+        numbers=table if "commit" in known else f"{table}\n\nThe commit of crbp is not known.",
         data=_block(origin.run["data"]) if "data" in origin.run else "It is not recorded.",
         net=_block(origin.run.get("model", origin.net)),
     )
@@ -97,17 +99,12 @@ def _of_run(checkpoint: Path) -> dict[str, Any]:
 
 def _of_logs(run: Path, which: str) -> dict[str, float]:
     """What was validated when the best weights were kept; the last may have been trained on since."""
-    if which != "best" or not any(run.glob("events.out.tfevents.*")):
-        return {}
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(run)).Reload()
-    curves = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"] if tag.startswith("val/")}
+    curves = scalars(run, tags=("val/",)) if which == "best" else {}
     judged = curves.get("val/f1", [])
     if not judged:
         return {}
-    step = max(judged, key=lambda event: event.value).step
-    values = {tag: event.value for tag, curve in curves.items() for event in curve if event.step == step}
+    step = max(judged, key=lambda each: each[1])[0]
+    values = {tag: value for tag, curve in curves.items() for at, value in curve if at == step}
     return {"training steps": step + 1, **values}
 
 

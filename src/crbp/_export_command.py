@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from crbp._checkpoint import add_checkpoint, checkpoint_file, trusted
 from crbp._command import Parser, reserve
 from crbp.errors import CrbpError
 from crbp.export import FORMATS, FixedSteps
@@ -24,13 +25,14 @@ def main(arguments: list[str]) -> None:
     Raises:
         CrbpError: if the options are wrong, the checkpoint cannot be had, or the file does not do as the network does.
     """
-    options = _options(arguments)
+    options = parser().parse_args(arguments)
     needed = ("onnx", "onnxscript", "onnxruntime") if options.format == "onnx" else ()
     if missing := [name for name in needed if find_spec(name) is None]:
         raise CrbpError(f"--format onnx needs {', '.join(missing)}, not installed here; run: pip install 'crbp[onnx]'")
-    net = load_net(options.checkpoint, trust=("crbp", *options.trust))
-    out = options.out or Path(f"{options.checkpoint.stem}.{options.format}")
-    if out.absolute() == options.checkpoint.absolute():
+    checkpoint = checkpoint_file(options.checkpoint)
+    net = load_net(checkpoint, trust=trusted(options))
+    out = options.out or Path(f"{checkpoint.stem}.{options.format}")
+    if out.absolute() == checkpoint.absolute():
         raise CrbpError(f"--out {out} is the checkpoint itself; name another file")
     reserve(out.parent, [out])
     try:
@@ -51,18 +53,18 @@ def main(arguments: list[str]) -> None:
     print(f"{out}: {fixed.steps} steps, images of any size; differs from the network by {difference:.0e} at most")
 
 
-def _options(arguments: list[str]) -> argparse.Namespace:
-    parser = Parser(
+def parser() -> argparse.ArgumentParser:
+    """The command's parser."""
+    made = Parser(
         prog="crbp export",
         description="Write a contour-tracing network, its number of steps fixed, as a file that runs without crbp.",
         allow_abbrev=False,
     )
-    parser.add_argument("checkpoint", type=Path, help="a .safetensors file, or a .ckpt file in the folder of its run")
-    parser.add_argument("--format", choices=sorted(FORMATS), default="pt2", help="pt2 is torch.export's (default: pt2)")
-    parser.add_argument("--steps", type=int, metavar="N", help="to take (default: the number trained for)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="to write (default: the checkpoint's name, here)")
-    parser.add_argument("--trust", nargs="+", default=(), metavar="PACKAGE", help="of the classes the file may name")
-    return parser.parse_args(arguments)
+    add_checkpoint(made)
+    made.add_argument("--format", choices=sorted(FORMATS), default="pt2", help="pt2 is torch.export's (default: pt2)")
+    made.add_argument("--steps", type=int, metavar="N", help="to take (default: the number trained for)")
+    made.add_argument("--out", type=Path, metavar="FILE", help="to write (default: the checkpoint's name, here)")
+    return made
 
 
 def _run(file: Path, kind: str, image: Tensor) -> Tensor:

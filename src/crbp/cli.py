@@ -5,21 +5,26 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from importlib.util import find_spec
 from typing import NamedTuple
 
 from crbp import __version__
-from crbp._command import Parser
+from crbp._command import EXAMPLES, Parser
 from crbp.errors import CrbpError
 
 
 class _Command(NamedTuple):
-    """One command: what it does, an example, and how it is carried out, given the arguments after its name."""
+    """One command: what it does, how it is carried out, given the arguments after its name, and its parser.
+
+    Its examples are in `crbp._command.EXAMPLES`.
+    """
 
     summary: str
-    example: str
     run: Callable[[list[str]], int | None]  # returns the exit status where that is not always 0
+    parser: Callable[[], argparse.ArgumentParser]  # raises ImportError where its extra is not installed
+    parts: Mapping[str, Callable[[], argparse.ArgumentParser]] = {}  # of the commands within it
 
 
 def _lightning(name: str) -> Callable[[list[str]], None]:
@@ -67,6 +72,15 @@ def _analyze(arguments: list[str]) -> None:
     analyze(arguments)
 
 
+def _compare(arguments: list[str]) -> None:
+    _need("train", "lightning", "jsonargparse", "torchmetrics", "safetensors", "numba", "matplotlib", "scipy", "rich")
+    from crbp.analysis.comparison import main as compare
+    from crbp.ops import keep_freed_memory
+
+    keep_freed_memory()
+    compare(arguments)
+
+
 def _bench(arguments: list[str]) -> None:
     _need("train", "lightning", "jsonargparse", "torchmetrics", "safetensors", "numba", "matplotlib", "scipy", "rich")
     from crbp.bench.command import main as bench
@@ -103,54 +117,76 @@ def _model_summary(arguments: list[str]) -> None:
     summary(arguments)
 
 
+def _completion(arguments: list[str]) -> None:
+    from crbp._completion_command import main as completion
+
+    completion(arguments, COMMANDS)
+
+
+def _parser(module: str, name: str = "parser") -> Callable[[], argparse.ArgumentParser]:
+    def make() -> argparse.ArgumentParser:
+        made: argparse.ArgumentParser = getattr(import_module(module), name)()
+        return made
+
+    return make
+
+
+def _lightning_parser(name: str) -> Callable[[], argparse.ArgumentParser]:
+    def make() -> argparse.ArgumentParser:
+        from crbp.tasks.command_line import parsers
+
+        return parsers()[name]
+
+    return make
+
+
 COMMANDS = {
-    "fit": _Command(
-        "train a model as a configuration says",
-        "crbp fit --config configs/pathfinder/mini_hgru_crbp.yaml",
-        _lightning("fit"),
-    ),
+    "fit": _Command("train a model as a configuration says", _lightning("fit"), _lightning_parser("fit")),
     "validate": _Command(
-        "measure a checkpoint on the validation split",
-        "crbp validate --config runs/NAME/version_0/config.yaml --ckpt_path FILE.ckpt",
-        _lightning("validate"),
+        "measure a checkpoint on the validation split", _lightning("validate"), _lightning_parser("validate")
     ),
-    "test": _Command(
-        "measure a checkpoint on the test split",
-        "crbp test --config runs/NAME/version_0/config.yaml --ckpt_path FILE.ckpt",
-        _lightning("test"),
-    ),
+    "test": _Command("measure a checkpoint on the test split", _lightning("test"), _lightning_parser("test")),
     "predict": _Command(
         "write what a checkpoint sees in the test split, or in images given, as PNG files",
-        "crbp predict --config runs/NAME/version_0/config.yaml --ckpt_path FILE.ckpt --out predictions",
         _lightning("predict"),
+        _lightning_parser("predict"),
     ),
     "generate": _Command(
         "write a data set of contour images, or (generate shapes) of panoptic segmentation",
-        "crbp generate --preset pf14 --size 10000 --split test --out data/pf14",
         _generate,
+        lambda: _generate_parser(),
+        {"shapes": _parser("crbp.data.panoptic.command", "shapes_parser")},
     ),
     "data": _Command(
         "find what is wrong with a panoptic data set, or print its statistics",
-        "crbp data check --images val2017 --panoptic annotations/panoptic_val2017.json",
         _data,
+        _parser("crbp.data.panoptic.command", "data_parser"),
     ),
-    "demo": _Command("see the stable and the unstable way to train side by side", "crbp demo --quick", _demo),
+    "demo": _Command("see the stable and the unstable way to train side by side", _demo, _parser("crbp.demo.command")),
     "analyze": _Command(
         "see what a trained model does beyond the steps it was trained for",
-        "crbp analyze runs/NAME/version_0/weights/best.safetensors --out analysis",
         _analyze,
+        _parser("crbp.analysis.command"),
     ),
-    "app": _Command("watch models trace contours in the browser, offline", "crbp app --open", _app),
+    "compare": _Command(
+        "see several trained models on the same images, side by side", _compare, _parser("crbp.analysis.comparison")
+    ),
+    "app": _Command("watch models trace contours in the browser, offline", _app, _parser("crbp.app.command")),
     "model-summary": _Command(
-        "count the parameters of a panoptic model", "crbp model-summary rfpn --depth 50", _model_summary
+        "count the parameters of a panoptic model", _model_summary, _parser("crbp.models.panoptic.summary")
     ),
-    "bench": _Command("measure speed and memory beside the textbook C-RBP", "crbp bench --out bench", _bench),
+    "bench": _Command("measure speed and memory beside the textbook C-RBP", _bench, _parser("crbp.bench.command")),
     "export": _Command(
         "write a contour-tracing network, its steps fixed, as a file that runs without crbp",
-        "crbp export runs/NAME/version_0/weights/best.safetensors --format onnx --steps 20 --out net.onnx",
         _export,
+        _parser("crbp._export_command"),
     ),
-    "doctor": _Command("say what is installed, what is missing and what the machine has", "crbp doctor", _doctor),
+    "doctor": _Command(
+        "say what is installed, what is missing and what the machine has", _doctor, _parser("crbp.doctor")
+    ),
+    "completion": _Command(
+        "print a script by which a shell completes all of these", _completion, _parser("crbp._completion_command")
+    ),
 }
 
 
@@ -191,7 +227,7 @@ def _help() -> str:
     lines = ["usage: crbp COMMAND [OPTIONS]", "", "Train recurrent networks at constant memory, stably."]
     lines += ["", "commands (crbp COMMAND --help lists the options of one):"]
     for name, command in COMMANDS.items():
-        lines += [f"  {name:<15}{command.summary}", f"  {'':<15}  {command.example}"]
+        lines += [f"  {name:<15}{command.summary}", f"  {'':<15}  {EXAMPLES[f'crbp {name}'][0]}"]
     return "\n".join([*lines, "", "options:", "  --version   print the version", "  --help      print this"])
 
 
@@ -209,7 +245,7 @@ def _generate_parser() -> Parser:
 
     about = "Write a data set of contour images, the same on every machine; crbp generate shapes writes a panoptic one."
     parser = Parser(prog="crbp generate", description=about, allow_abbrev=False)
-    parser.add_argument("--out", required=True, help="folder to write to; one per split")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write to; one per split")
     parser.add_argument("--preset", choices=sorted(PRESETS), help="task to start from (default: the published pf14)")
     parser.add_argument("--split", choices=("train", "val", "test"), default="train", help="(default: train)")
     parser.add_argument("--size", type=int, default=200_000, help="images of the whole set (default: 200000)")

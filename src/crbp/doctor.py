@@ -5,6 +5,7 @@ It needs torch alone, since it is for the day on which something else is missing
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import json
 import os
@@ -43,12 +44,17 @@ def main(arguments: list[str]) -> int:
     Returns:
         0 where training would work, 1 where it would not.
     """
-    parser = Parser(prog="crbp doctor", description="Say what is installed, what is missing and what the machine has.")
-    parser.add_argument("--json", action="store_true", help="print it as JSON")
-    options = parser.parse_args(arguments)
+    options = parser().parse_args(arguments)
     found = examine()
     print(json.dumps(found, indent=2) if options.json else _told(found))
     return 0 if found["works"] else 1
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's parser."""
+    made = Parser(prog="crbp doctor", description="Say what is installed, what is missing and what the machine has.")
+    made.add_argument("--json", action="store_true", help="print it as JSON")
+    return made
 
 
 def examine() -> Found:

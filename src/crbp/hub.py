@@ -70,6 +70,7 @@ def save_pretrained(
         "sha256": _digest(folder / WEIGHTS),
         "net": origin.net,
         "run": origin.run,
+        "code": origin.code,
     }
     write_whole(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())  # last: with it the folder is whole
     return folder

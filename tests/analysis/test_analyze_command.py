@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import base64
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -12,7 +14,8 @@ from crbp.tasks import Origin, save_net
 from crbp.tasks.weights import build
 
 CELL = {"class_path": "crbp.cells.HGRU", "init_args": {"channels": 3, "kernel_size": 3}}
-NET = {"class_path": "crbp.models.PathfinderNet", "init_args": {"cell": CELL, "evolve": {"steps": 3}}}
+EVOLVE = {"steps": 3, "gradient": {"class_path": "crbp.RBP"}}
+NET = {"class_path": "crbp.models.PathfinderNet", "init_args": {"cell": CELL, "evolve": EVOLVE}}
 FEEDFORWARD = {"class_path": "crbp.models.FeedForwardNet", "init_args": {"channels": 3, "kernel_size": 3}}
 SOURCE = {"class_path": "crbp.tasks.Generated", "init_args": {"preset": "mini"}}
 RUN = {"data": {"class_path": "crbp.tasks.ContourData", "init_args": {"source": SOURCE, "seed": 3}}}
@@ -32,9 +35,20 @@ def test_a_page_of_numbers_and_figures_is_written(tmp_path: Path, capsys: pytest
     assert (numbers["trained_steps"], numbers["steps"], len(numbers["f1"]), numbers["task"]) == (3, 12, 12, "mini")
     assert len(numbers["spectral_radius"]) == len(numbers["moved"]) == 8
     page = (out / "report.html").read_text()
-    for name in ("tracing", "filmstrip", "f1", "residual", "state_space", "spectral_radius"):
+    figures = ("tracing", "filmstrip", "f1", "residual", "penalty", "state_space", "spectral_radius", "memory")
+    for name in figures:
         assert (out / f"{name}.png").stat().st_size > 1000
         assert f'id="{name}"' in page
+    assert 'id="training"' not in page  # it lies in no run's folder
+    assert base64.b64encode((out / "tracing.gif").read_bytes()).decode() in page
+    assert not re.search(r"""(src|href)=["'](?!data:)|@import|url\(""", page)  # nothing is fetched
+    memory = numbers["memory"]
+    assert (memory["steps"], memory["gradient"]) == ([1, 3, 6, 12], "RBP")
+    assert len(set(memory["own_bytes"])) == 1
+    assert memory["bptt_bytes"] == sorted(set(memory["bptt_bytes"]))
+    assert len(numbers["penalty"]) == 12
+    assert len(numbers["state_space"]) == 12
+    assert numbers["parameters"] == sum(p.numel() for p in build(torch.nn.Module, NET, "net").parameters())
     assert f"{numbers['f1_at_n']:.3f}" in page
     assert "report.html" in capsys.readouterr().out.replace("\n", "")
     # The images are those that the file says, until others are asked for.
@@ -59,6 +73,18 @@ def test_a_checkpoint_of_a_run_is_taken_as_well(tmp_path: Path) -> None:
         assert main(["analyze", str(file), "--out", str(tmp_path / file.suffix), "--images", "4"]) == 0
     both = [json.loads((tmp_path / suffix / "analysis.json").read_text()) for suffix in (".ckpt", ".safetensors")]
     assert both[0]["f1"] == both[1]["f1"]
+    for name in ("train/penalty", "val/penalty", "val/residual"):
+        assert len(both[0]["penalty_in_training"][name]) >= 1
+    assert both[0]["penalty_in_training"] == both[1]["penalty_in_training"]
+    assert both[0]["memory"]["penalty"] == "LipschitzPenalty"
+    assert 'id="training"' in (tmp_path / ".ckpt" / "report.html").read_text()
+    # The folder of the run names its weights, and a comparison takes it and an analysis.
+    out = ["--out", str(tmp_path / "both"), "--images", "4"]
+    names = [f"run={checkpoint.parent.parent}", f"analysed={tmp_path / '.ckpt'}"]
+    assert main(["compare", *names, *out]) == 0
+    models = json.loads((tmp_path / "both" / "comparison.json").read_text())["models"]
+    assert list(models) == ["run", "analysed"]
+    assert models["analysed"]["checkpoint"] == str(checkpoint)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import crbp
 from crbp.analysis import state_space
-from crbp.analysis.command import analyse
+from crbp.analysis.measured import analyse
 from crbp.models import PathfinderNet
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import crbp
-from crbp.analysis import follow, late_radius, memory_curve
+from crbp.analysis import follow, late_radius, memory_curve, penalty_curve
 from crbp.models import PathfinderNet
 
 
@@ -54,6 +54,20 @@ def test_late_radii_are_those_of_the_state_after_so_many_steps(monkeypatch):
         wanted = crbp.spectral_radius(run, per_sample=True, generator=torch.Generator().manual_seed(2))
         torch.testing.assert_close(radius[part], wanted.radius)
         assert converged[part].tolist() == wanted.converged.tolist()
+
+
+def test_the_penalty_of_each_step_is_that_of_a_run_of_so_many_steps(monkeypatch):
+    monkeypatch.setattr("crbp.analysis.trajectory.BATCH", 3)
+    net, (image, _) = _net(), _images()
+    found = penalty_curve(net, image, steps=4, bound=0.1)
+    assert found.shape == (4,)
+    assert (found > 0).any()
+    for t in range(1, 5):
+        run = net(image, steps=t).run
+        wanted = crbp.lipschitz_penalty(run, bound=0.1, reduction="mean_square")
+        torch.testing.assert_close(found[t - 1], wanted.detach())
+    with pytest.raises(ValueError, match="no image"):
+        penalty_curve(net, image[:0], steps=4)
 
 
 def test_the_memory_curve_leaves_the_model_as_it_was():

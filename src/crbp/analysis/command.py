@@ -3,112 +3,30 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import html
-import json
-import math
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
-from torch import Tensor
 
+from crbp._checkpoint import add_checkpoint, checkpoint_file, trusted
 from crbp._command import Parser, reserve
 from crbp._files import write_whole
 from crbp.analysis import figures
-from crbp.analysis.page import RESIDUAL, write_page
-from crbp.analysis.states import StateSpace, state_space
-from crbp.analysis.trajectory import Trajectory, follow, late_radius
-from crbp.cells import HGRU
-from crbp.data.pathfinder import PRESETS, DataError, GenerationError
+from crbp.analysis.animation import scrubber, tracing_frames, tracing_gif
+from crbp.analysis.inputs import Images, add_images, check_images, images, load
+from crbp.analysis.measured import (
+    PENALISED,
+    SHOWN,
+    Analysis,
+    analyse,
+    penalty_of,
+    training_log,
+    write_numbers,
+)
+from crbp.analysis.page import MEMORY, PENALTY, RESIDUAL, write_page
 from crbp.errors import CrbpError
-from crbp.models import PathfinderNet
-from crbp.tasks import ContourData, Generated, Origin, load_trained
-from crbp.tasks.sampling import stacked
-from crbp.tasks.weights import build
-
-SHOWN = 6  # images in the figures
-
-
-@dataclass(frozen=True, kw_only=True)
-class Analysis:
-    """What was measured of a model.
-
-    Attributes:
-        trained: N, the steps it was trained for.
-        trajectory: what it does step by step.
-        states: where its states go; None where they do not stay finite.
-        radius: spectral radius of the step's Jacobian after the last step, one an image; none where that is not finite.
-        converged: whether each is to be trusted.
-    """
-
-    trained: int
-    trajectory: Trajectory
-    states: StateSpace | None
-    radius: Tensor
-    converged: Tensor
-
-    def numbers(self) -> dict[str, Any]:
-        """All of it that is a number."""
-        n, f1, residual = self.trained, self.trajectory.f1, self.trajectory.residual
-        states = self.states
-        found: dict[str, Any] = {
-            "trained_steps": n,
-            "steps": len(f1),
-            "f1": f1.tolist(),
-            "f1_at_n": float(f1[n - 1]),
-            "f1_at_end": float(f1[-1]),
-            "f1_best": float(f1.max()),
-            "f1_best_at": int(f1.argmax()) + 1,
-            # JSON has no word for what is not finite.
-            "residual": [value if math.isfinite(value) else None for value in residual.tolist()],
-            "residual_at_n": float(residual[n - 1]),
-            "residual_at_end": float(residual[-1]),
-            "spectral_radius": self.radius.tolist(),
-            "spectral_radius_converged": float(self.converged.double().mean()),
-            "stable_share": float((self.radius < 1).double().mean()),
-            "moved": states.moved.tolist() if states else None,
-            "explained": states.explained.tolist() if states else None,
-            "ks_statistic": states.statistic.tolist() if states else None,
-            "ks_p_value": states.p_value.tolist() if states else None,
-        }
-        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in found.items()}
-
-
-def analyse(net: PathfinderNet, image: Tensor, mask: Tensor, *, steps: int | None = None, radii: int = 64) -> Analysis:
-    """Run a model beyond the steps it was trained for and measure what it does.
-
-    Args:
-        net: the model, in evaluation mode.
-        image: ``(B, 1, H, W)``, at least two.
-        mask: ``(B, H, W)`` of bool.
-        steps: how far to run; None for four times the steps it was trained for.
-        radii: of how many images the spectral radius is estimated.
-
-    Raises:
-        ValueError: if there are fewer than two images, or ``steps`` is not above the steps trained for.
-    """
-    trained = net.evolve.steps
-    late = 4 * trained if steps is None else steps
-    net = copy.deepcopy(net)
-    net.evolve = replace(net.evolve, tolerance=None, on_divergence="warn")
-    for module in net.modules():
-        if isinstance(module, HGRU):
-            module.fused = False  # it would be compiled for every size of batch here
-    try:
-        states = state_space(net, image, trained=trained, steps=late)
-    except FloatingPointError:
-        states = None
-    radius, converged = late_radius(net, image[:radii], steps=late)
-    return Analysis(
-        trained=trained,
-        trajectory=follow(net, image, mask, steps=late, shown=min(SHOWN, len(image))),
-        states=states,
-        radius=radius,
-        converged=converged,
-    )
 
 
 def main(arguments: list[str]) -> None:
@@ -117,77 +35,56 @@ def main(arguments: list[str]) -> None:
     Raises:
         CrbpError: if the options are wrong, the checkpoint or its images cannot be had, or it is of no recurrent model.
     """
-    options = _options(arguments)
-    folder, console = Path(options.out), Console()
-    net, origin = load_trained(options.checkpoint, trust=("crbp", *options.trust))
-    if not isinstance(net, PathfinderNet):
-        raise CrbpError(f"{options.checkpoint} is of a {type(net).__name__}, which has no steps to follow")
+    options = parser().parse_args(arguments)
+    check_images(options)
+    folder, console, trust = Path(options.out), Console(), trusted(options)
+    file = checkpoint_file(options.checkpoint)
+    net, origin = load(file, trust=trust)
     if options.steps is not None and options.steps <= net.evolve.steps:
         raise CrbpError(f"--steps must be above the {net.evolve.steps} trained for, not {options.steps}")
+    penalty = penalty_of(file, origin, trust=trust)
     reserve(folder, [folder / "report.html", folder / "analysis.json"])
     with console.status("Making the images …"):
-        image, mask, task = _images(options, origin)
+        seen = images(options, file, origin, trust=trust)
     with console.status("Following the model step by step …"), torch.inference_mode(False):
-        found = analyse(net, image, mask, steps=options.steps)
-    numbers = {"checkpoint": str(options.checkpoint), "images": len(image), "task": task, **found.numbers()}
-    write_whole(folder / "analysis.json", (json.dumps(numbers, indent=2, allow_nan=False) + "\n").encode())
-    _write(folder / "report.html", options.checkpoint, origin, found, image, mask, task)
+        found = analyse(net, seen.image, seen.mask, steps=options.steps, penalty=penalty, training=training_log(file))
+    numbers = {"checkpoint": str(file), "images": len(seen.image), "task": seen.task, **found.numbers()}
+    write_numbers(folder / "analysis.json", numbers)
+    _write(folder / "report.html", file, origin.name or file.stem, found, seen)
     for name, value in _rows(found):
         console.print(f"{name:<58}{value}", highlight=False)
     console.print(f"Open [bold]{folder / 'report.html'}[/] to see it.", soft_wrap=True)
 
 
-def _options(arguments: list[str]) -> argparse.Namespace:
-    parser = Parser(
+def parser() -> argparse.ArgumentParser:
+    """The command's parser."""
+    made = Parser(
         prog="crbp analyze",
         description="Follow a trained model far beyond the steps it was trained for; write a page of figures.",
         allow_abbrev=False,
     )
-    parser.add_argument("checkpoint", type=Path, help="a .safetensors file, or a .ckpt file in the folder of its run")
-    parser.add_argument("--out", default="analysis", metavar="DIR", help="folder of the report (default: analysis)")
-    parser.add_argument("--steps", type=int, metavar="T", help="how far to run it (default: 4 times the steps trained)")
-    parser.add_argument("--images", type=int, default=128, metavar="B", help="of the validation split (default: 128)")
-    parser.add_argument("--preset", choices=sorted(PRESETS), help="task (default: what it was trained on)")
-    parser.add_argument("--seed", type=int, default=0, help="of the images of a preset (default: 0)")
-    parser.add_argument("--trust", nargs="+", default=(), metavar="PACKAGE", help="of the classes the file may name")
-    options = parser.parse_args(arguments)
-    if options.images < 2:
-        raise CrbpError(f"--images must be at least 2, not {options.images}")
-    if options.seed < 0:
-        raise CrbpError(f"--seed must be at least 0, not {options.seed}")
-    return options
-
-
-def _images(options: argparse.Namespace, origin: Origin) -> tuple[Tensor, Tensor, str]:
-    """Images ``(B, 1, H, W)``, masks ``(B, H, W)``, and what task they are of."""
-    seed = options.seed
-    if options.preset is not None:
-        source: Any = Generated(preset=options.preset)
-    elif "data" in origin.run:
-        what = f"the data of {options.checkpoint}"
-        data = build(ContourData, origin.run["data"], what, trust=("crbp", *options.trust))
-        source, seed = data.source, data.seed
-    else:
-        raise CrbpError(f"{options.checkpoint} does not say what it was trained on; choose a task with --preset")
-    try:
-        image, mask = stacked(source.items("val", options.images, seed), options.images)
-    except (DataError, GenerationError) as error:
-        raise CrbpError(f"{error}; --images says how many, --preset of which task") from error
-    return image, mask, source.preset if isinstance(source, Generated) else type(source).__name__
+    add_checkpoint(made)
+    made.add_argument("--out", default="analysis", metavar="DIR", help="folder of the report (default: analysis)")
+    made.add_argument("--steps", type=int, metavar="T", help="how far to run it (default: 4 times the steps trained)")
+    add_images(made)
+    return made
 
 
 def _rows(found: Analysis) -> list[tuple[str, str]]:
     n, last, numbers = found.trained, len(found.trajectory.f1), found.numbers()
     rows = [
+        ("parameters", f"{found.parameters:,}"),
         (f"F1 after the {n} steps trained for", f"{numbers['f1_at_n']:.3f}"),
         (f"F1 after {last} steps", f"{numbers['f1_at_end']:.3f}"),
         ("F1 at its best", f"{numbers['f1_best']:.3f}, after {numbers['f1_best_at']} steps"),
         (f"relative residual after {n} steps", f"{found.trajectory.residual[n - 1]:.1e}"),
         (f"relative residual after {last} steps", f"{found.trajectory.residual[-1]:.1e}"),
+        (f"Lipschitz coefficient penalty after {n} and {last} steps", _two(found)),
     ]
     if len(found.radius):
         share = f"{numbers['stable_share']:.0%}"
         rows.append((f"images whose spectral radius after {last} steps is below 1", share))
+    rows += _memory_rows(found)
     if found.states is None:
         return [*rows, ("states", "not finite")]
     statistic, p_value = (
@@ -201,31 +98,68 @@ def _rows(found: Analysis) -> list[tuple[str, str]]:
     ]
 
 
-def _write(
-    file: Path, checkpoint: Path, origin: Origin, found: Analysis, image: Tensor, mask: Tensor, task: str
-) -> None:
-    n, last = found.trained, len(found.trajectory.f1)
-    name = origin.name or checkpoint.stem
-    trajectory, states = found.trajectory, found.states
-    drawn = {
+def _two(found: Analysis) -> str:
+    return f"{found.penalty[found.trained - 1]:.1e}, {found.penalty[-1]:.1e}"
+
+
+def _memory_rows(found: Analysis) -> list[tuple[str, str]]:
+    memory = found.memory
+    rows = []
+    for steps in (found.trained, 4 * found.trained):
+        own, bptt = (each[memory.steps.index(steps)] / 2**20 for each in (memory.own, memory.bptt))
+        rows.append((f"MiB kept to train on one image, {steps} steps", f"{own:.1f} (BPTT {bptt:.1f})"))
+    return rows
+
+
+def _write(file: Path, checkpoint: Path, name: str, found: Analysis, seen: Images) -> None:
+    shown = tracing_frames(seen.image[:SHOWN], seen.mask[:SHOWN], found.trajectory.probability)
+    frames, trained = {name: shown}, {name: found.trained}
+    gif = tracing_gif(frames, trained=trained)
+    write_whole(file.with_name("tracing.gif"), gif)
+    write_page(
+        file,
+        title=f"crbp: {name}",
+        heading=f"{html.escape(name)}, step by step",
+        lead=f"<p>{html.escape(f'{checkpoint}, {len(seen.image)} images of {seen.task}')}.</p>",
+        table=[("", ""), *_rows(found)],
+        first=scrubber(frames, trained=trained, gif=gif),
+        figures={**_of_images(found, seen), **_of_time(name, found, seen), **_of_training(found)},
+        notes={},
+    )
+
+
+def _of_images(found: Analysis, seen: Images) -> dict[str, tuple[Figure, str]]:
+    n, last, trajectory = found.trained, len(found.trajectory.f1), found.trajectory
+    arrivals = {f"{t} steps": trajectory.arrival(t) for t in (n, last)}
+    return {
         "tracing": (
-            figures.tracing(
-                image[:SHOWN], mask[:SHOWN], {f"{t} steps": trajectory.arrival(t) for t in (n, last)}, steps=n
-            ),
+            figures.tracing(seen.image[:SHOWN], seen.mask[:SHOWN], arrivals, steps=n),
             "The first images of the validation split. Colour: the step from which on a pixel stays marked; "
             f"yellow also stands for any step after {n}.",
         ),
         "filmstrip": (
-            figures.filmstrip(image[:3], trajectory.probability[:, :3], figures.steps_to_show(n, last)),
+            figures.filmstrip(seen.image[:3], trajectory.probability[:, :3], figures.steps_to_show(n, last)),
             "What the model believes after some of its steps, from 0 (black) to 1.",
         ),
+    }
+
+
+def _of_time(name: str, found: Analysis, seen: Images) -> dict[str, tuple[Figure, str]]:
+    n, last, states = found.trained, len(found.trajectory.f1), found.states
+    drawn = {
         "f1": (
-            figures.over_steps({name: trajectory.f1}, trained=n, label="F1"),
-            f"F1 over all pixels of {len(image)} images, read out after each step.",
+            figures.over_steps({name: found.trajectory.f1}, trained=n, label="F1"),
+            f"F1 over all pixels of {len(seen.image)} images, read out after each step.",
         ),
         "residual": (
-            figures.over_steps({name: trajectory.residual}, trained=n, label="relative residual", log=True),
+            figures.over_steps({name: found.trajectory.residual}, trained=n, label="relative residual", log=True),
             RESIDUAL,
+        ),
+        "penalty": (
+            figures.over_steps(
+                {name: found.penalty}, trained=n, label="Lipschitz coefficient penalty", linear_below=figures.NEGLIGIBLE
+            ),
+            f"{PENALTY} Of {min(PENALISED, len(seen.image))} images.",
         ),
     }
     if states is not None:
@@ -239,12 +173,14 @@ def _write(
             f"Spectral radius of the step's Jacobian after {last} steps, by power iteration on each of "
             f"{len(found.radius)} images; {float(found.converged.double().mean()):.0%} of the estimates converged.",
         )
-    write_page(
-        file,
-        title=f"crbp: {name}",
-        heading=f"{html.escape(name)}, step by step",
-        lead=f"<p>{html.escape(str(checkpoint))}, {len(image)} images of <code>{html.escape(task)}</code>.</p>",
-        table=[("", ""), *_rows(found)],
-        figures=drawn,
-        notes={},
-    )
+    return drawn
+
+
+def _of_training(found: Analysis) -> dict[str, tuple[Figure, str]]:
+    memory = found.memory
+    curves = {memory.gradient: memory.own} | ({"BPTT": memory.bptt} if memory.gradient != "BPTT" else {})
+    counted = f", {memory.penalty} counted" if memory.penalty else ""
+    drawn = {"memory": (figures.memory(memory.steps, curves), f"{MEMORY}{counted}.")}
+    if found.training:
+        drawn["training"] = (figures.training(found.training), "What the log of the run has of penalty and residual.")
+    return drawn

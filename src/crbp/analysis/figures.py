@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -10,7 +10,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 _PATHS = 12  # images whose way through the state space is drawn
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # Okabe and Ito: told apart by colour-blind readers
+NEGLIGIBLE = 1e-6  # of a penalty: below it, an axis is linear
+# Okabe and Ito: told apart by colour-blind readers.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
 def tracing(images: Tensor, masks: Tensor, arrivals: Mapping[str, Tensor], *, steps: int) -> Figure:
@@ -74,26 +76,37 @@ def filmstrip(images: Tensor, probability: Tensor, at: Sequence[int]) -> Figure:
 
 
 def over_steps(
-    curves: Mapping[str, Tensor], *, trained: int, label: str, level: tuple[str, float] | None = None, log: bool = False
+    curves: Mapping[str, Tensor],
+    *,
+    trained: int | Mapping[str, int],
+    label: str,
+    level: tuple[str, float] | None = None,
+    log: bool = False,
+    linear_below: float | None = None,
 ) -> Figure:
-    """Curves against the step, with the steps trained for shaded.
+    """Curves against the step, with the steps trained for shaded, or marked where each model has its own.
 
     Args:
         curves: model name → ``(T,)``.
-        trained: the number of steps trained for.
+        trained: the number of steps trained for, of all models or by name.
         label: of the vertical axis.
         level: name and height of a line to compare with.
         log: logarithmic vertical axis.
+        linear_below: where a logarithmic axis becomes a linear one that has zero on it.
     """
     figure, axes = _axes()
     longest = max(len(curve) for curve in curves.values())
-    axes.axvspan(0, trained, color="0.93", zorder=0)
-    axes.text(trained, 1.01, "trained up to here", transform=axes.get_xaxis_transform(), ha="right", fontsize=8)
-    for (name, curve), colour in zip(curves.items(), _COLOURS, strict=False):
-        axes.plot(np.arange(1, len(curve) + 1), curve.numpy(), label=name, color=colour, linewidth=2)
+    if isinstance(trained, int):
+        axes.axvspan(0, trained, color="0.93", zorder=0)
+        axes.text(trained, 1.01, "trained up to here", transform=axes.get_xaxis_transform(), ha="right", fontsize=8)
+    for (name, curve), style in zip(curves.items(), _styles(), strict=False):
+        marked = {} if isinstance(trained, int) else {"marker": "o", "markevery": [trained[name] - 1]}
+        axes.plot(np.arange(1, len(curve) + 1), curve.numpy(), label=name, linewidth=2, **style, **marked)
     if level is not None:
         axes.axhline(level[1], color="0.5", linestyle=":", label=level[0])
-    if log:
+    if linear_below is not None:
+        axes.set_yscale("symlog", linthresh=linear_below)
+    elif log:
         axes.set_yscale("log")
     axes.set(xlabel="step t", ylabel=label, xlim=(0, longest))
     axes.legend(frameon=False)
@@ -140,8 +153,8 @@ def state_space(coordinates: Tensor, explained: Tensor, *, trained: int) -> Figu
 def memory(steps: Sequence[int], curves: Mapping[str, Sequence[int]]) -> Figure:
     """Activation memory of a training step against the number of steps of recurrence."""
     figure, axes = _axes()
-    for (name, found), colour in zip(curves.items(), _COLOURS, strict=False):
-        axes.plot(steps, np.asarray(found) / 2**20, "o-", label=name, color=colour, linewidth=2, markersize=4)
+    for (name, found), style in zip(curves.items(), _styles(), strict=False):
+        axes.plot(steps, np.asarray(found) / 2**20, marker="o", label=name, linewidth=2, markersize=4, **style)
     axes.set(xlabel="steps of recurrence N", ylabel="saved activations (MiB)", ylim=(0, None))
     axes.legend(frameon=False)
     return figure
@@ -150,13 +163,36 @@ def memory(steps: Sequence[int], curves: Mapping[str, Sequence[int]]) -> Figure:
 def radii(found: Mapping[str, Tensor]) -> Figure:
     """Spectral radius of the step's Jacobian at the final state, image by image, in order of size."""
     figure, axes = _axes()
-    for (name, values), colour in zip(found.items(), _COLOURS, strict=False):
+    for (name, values), style in zip(found.items(), _styles(), strict=False):
         ordered = values.sort().values.numpy()
-        axes.plot(np.linspace(0, 100, len(ordered)), ordered, label=name, color=colour, linewidth=2)
+        axes.plot(np.linspace(0, 100, len(ordered)), ordered, label=name, linewidth=2, **style)
     axes.axhline(1.0, color="0.5", linestyle=":", label="edge of stability")
     axes.set(xlabel="images (%)", ylabel="spectral radius", xlim=(0, 100))
     axes.legend(frameon=False)
     return figure
+
+
+def training(curves: Mapping[str, Sequence[tuple[int, float]]]) -> Figure:
+    """What a run has logged, against its optimiser steps.
+
+    Args:
+        curves: name → (optimiser step, value) in order.
+    """
+    figure, axes = _axes()
+    for (name, curve), style in zip(curves.items(), _styles(), strict=False):
+        at, values = np.asarray(curve, float).reshape(-1, 2).T
+        axes.plot(at, values, label=name, linewidth=2, **style)
+    axes.set(xlabel="optimiser step", ylabel="logged value")
+    axes.set_yscale("symlog", linthresh=NEGLIGIBLE)
+    axes.legend(frameon=False)
+    return figure
+
+
+def _styles() -> Iterator[dict[str, str]]:
+    """A colour and a dash for each curve, none the same."""
+    for dash in ("-", "--", ":", "-."):
+        for colour in _COLOURS:
+            yield {"color": colour, "linestyle": dash}
 
 
 def _axes() -> tuple[Figure, Axes]:

@@ -74,7 +74,7 @@ def overlay(
     found = _find(numbers, places, segments, names, colours)
     scale = max(1, -(-shortest // min(ids.shape)))
     picture = Image.fromarray(_paint(_enlarge(pixels, scale), _enlarge(places, scale), numbers, found, opacity))
-    font = _font(max(11, round(min(picture.size) / 36)))
+    font = font_of(max(11, round(min(picture.size) / 36)))
     _write_names(picture, places, found, names, font, scale)
     return _with_legend(picture, found, names, colours, font)
 
@@ -83,7 +83,7 @@ def _enlarge(array: _Array, scale: int) -> _Array:
     return np.repeat(np.repeat(array, scale, axis=0), scale, axis=1)
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def font_of(size: int) -> ImageFont.FreeTypeFont:
     """Matplotlib's own font: the same everywhere, and with more letters than Pillow's."""
     return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), size)
 

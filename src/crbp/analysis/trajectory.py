@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -115,6 +116,42 @@ def late_radius(net: PathfinderNet, image: Tensor, *, steps: int, seed: int = 0)
     finally:
         net.evolve = kept
     return torch.cat(radius), torch.cat(converged)
+
+
+def penalty_curve(net: PathfinderNet, image: Tensor, *, steps: int, bound: float = 0.9) -> Tensor:
+    """Lipschitz coefficient penalty of every step, ``mean((1ᵀJ_t − bound)⁺²)``: `crbp.lipschitz_penalty` over time.
+
+    Args:
+        net: a recurrent model; it is run as it stands.
+        image: ``(B, 1, H, W)``, at least one.
+        steps: how far to run.
+        bound: λ in [0, 1), the share by which a change of the state may persist.
+
+    Returns:
+        ``(steps,)``, not finite from the step on at which the state is not.
+
+    Raises:
+        ValueError: if ``steps`` is below 1, there is no image, or the bound lies outside [0, 1).
+    """
+    count("steps", steps)
+    if len(image) == 0:
+        raise ValueError("there is no image to follow; give at least one")
+    found = torch.zeros(steps)
+    one = crbp.Evolve(steps=1, on_divergence="warn")
+    with torch.no_grad(), shared_spectra(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", crbp.DivergenceWarning)  # told by the curve
+        for some in torch.split(image, BATCH):
+            drive = net.drive(some)
+            state = net.cell.initial_state(drive)
+            for t in range(steps):
+                run = one(partial(_driven, net, drive), state)
+                found[t] += len(some) * crbp.lipschitz_penalty(run, bound=bound, reduction="mean_square").cpu()
+                state = run.state
+    return found / len(image)
+
+
+def _driven(net: PathfinderNet, drive: Tensor, state: Any) -> Any:
+    return net.cell(state, drive)
 
 
 def _residual_per_image(old: Any, new: Any) -> Tensor:

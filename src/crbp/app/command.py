@@ -8,6 +8,7 @@ import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from crbp._checkpoint import add_trust, checkpoint_file, trusted
 from crbp._command import Parser
 from crbp.app.models import Models
 from crbp.errors import CrbpError
@@ -25,7 +26,7 @@ def main(arguments: list[str]) -> None:
         CrbpError: if the options are wrong, a checkpoint cannot be had, or the port is taken.
     """
     options = _options(arguments)
-    models = Models.with_files(options.checkpoint, trust=("crbp", *options.trust))
+    models = Models.with_files(map(checkpoint_file, options.checkpoint), trust=trusted(options))
     panoptic = _panoptic(options)
     _see_port(options.host, options.port)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
@@ -57,13 +58,14 @@ def main(arguments: list[str]) -> None:
         blocks.close(verbose=False)
 
 
-def _options(arguments: list[str]) -> argparse.Namespace:
-    parser = Parser(
+def parser() -> argparse.ArgumentParser:
+    """The parser of the command."""
+    made = Parser(
         prog="crbp app",
         description="Watch trained models trace contours, step by step and side by side, in the browser. Offline.",
         allow_abbrev=False,
     )
-    parser.add_argument(
+    made.add_argument(
         "--checkpoint",
         type=Path,
         nargs="+",
@@ -71,12 +73,16 @@ def _options(arguments: list[str]) -> argparse.Namespace:
         metavar="FILE",
         help="contour-tracing models of your own to choose from, besides those that come with crbp",
     )
-    parser.add_argument("--panoptic", type=Path, metavar="FILE", help="an R-FPN for the panoptic tab")
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets others in (default: 127.0.0.1)")
-    parser.add_argument("--port", type=int, default=7860, help="(default: 7860)")
-    parser.add_argument("--open", action="store_true", help="open the page in this machine's browser")
-    parser.add_argument("--trust", nargs="+", default=(), metavar="PACKAGE", help="of the classes the files may name")
-    options = parser.parse_args(arguments)
+    made.add_argument("--panoptic", type=Path, metavar="FILE", help="an R-FPN for the panoptic tab")
+    made.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets others in (default: 127.0.0.1)")
+    made.add_argument("--port", type=int, default=7860, help="(default: 7860)")
+    made.add_argument("--open", action="store_true", help="open the page in this machine's browser")
+    add_trust(made)
+    return made
+
+
+def _options(arguments: list[str]) -> argparse.Namespace:
+    options = parser().parse_args(arguments)
     if not 1 <= options.port <= 65535:
         raise CrbpError(f"--port must lie in 1 … 65535, not {options.port}")
     return options
@@ -89,7 +95,7 @@ def _panoptic(options: argparse.Namespace) -> Panoptic | None:
         from crbp.app.panoptic import load_panoptic
     except ImportError as error:
         raise CrbpError(f"--panoptic: {error}; run: pip install 'crbp[panoptic]'") from error
-    return load_panoptic(options.panoptic, trust=("crbp", *options.trust))
+    return load_panoptic(options.panoptic, trust=trusted(options))
 
 
 def _see_port(host: str, port: int) -> None:

@@ -69,16 +69,21 @@ def main(arguments: list[str]) -> None:
     console.print(f"All numbers are in [bold]{files[-1]}[/].", soft_wrap=True)
 
 
-def _options(arguments: list[str]) -> argparse.Namespace:
-    parser = Parser(
+def parser() -> argparse.ArgumentParser:
+    """The command's parser."""
+    made = Parser(
         prog="crbp bench", description="Measure crbp beside the textbook C-RBP on this machine.", allow_abbrev=False
     )
-    parser.add_argument("--out", default="bench", metavar="DIR", help="folder of numbers and figures (default: bench)")
-    parser.add_argument("--json", metavar="FILE", help="write the numbers to this file as well")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, under a minute: that it works, not how fast")
-    parser.add_argument("--only", nargs="+", choices=list(PARTS), metavar="NAME", help=f"of {', '.join(PARTS)}")
-    parser.add_argument("--threads", type=int, metavar="N", help="of the computation (default: torch's choice)")
-    options = parser.parse_args(arguments)
+    made.add_argument("--out", default="bench", metavar="DIR", help="folder of numbers and figures (default: bench)")
+    made.add_argument("--json", metavar="FILE", help="write the numbers to this file as well")
+    made.add_argument("--quick", action="store_true", help="tiny sizes, under a minute: that it works, not how fast")
+    made.add_argument("--only", nargs="+", choices=list(PARTS), metavar="NAME", help=f"of {', '.join(PARTS)}")
+    made.add_argument("--threads", type=int, metavar="N", help="of the computation (default: torch's choice)")
+    return made
+
+
+def _options(arguments: list[str]) -> argparse.Namespace:
+    options = parser().parse_args(arguments)
     if options.threads is not None and options.threads < 1:
         raise CrbpError(f"--threads must be at least 1, not {options.threads}")
     return options

@@ -51,15 +51,18 @@ def main(arguments: list[str]) -> None:
     console.print(f"Open [bold]{folder / 'report.html'}[/] to see the contours being traced.", soft_wrap=True)
 
 
+def parser() -> argparse.ArgumentParser:
+    """The command's parser."""
+    made = Parser(prog="crbp demo", description="Train a small model with C-RBP beside one with BPTT; write a report.")
+    made.add_argument("--quick", action="store_true", help="the same path in under 90 seconds, at lower quality")
+    made.add_argument("--out", default="demo", metavar="DIR", help="folder of the report (default: demo)")
+    made.add_argument("--json", metavar="FILE", help="write the numbers to this file as well")
+    made.add_argument("--seed", type=int, default=0, help="of weights and images (default: 0)")
+    return made
+
+
 def _options(arguments: list[str]) -> argparse.Namespace:
-    parser = Parser(
-        prog="crbp demo", description="Train a small model with C-RBP beside one with BPTT; write a report."
-    )
-    parser.add_argument("--quick", action="store_true", help="the same path in under 90 seconds, at lower quality")
-    parser.add_argument("--out", default="demo", metavar="DIR", help="folder of the report (default: demo)")
-    parser.add_argument("--json", metavar="FILE", help="write the numbers to this file as well")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and images (default: 0)")
-    options = parser.parse_args(arguments)
+    options = parser().parse_args(arguments)
     if options.seed < 0:
         raise CrbpError(f"--seed must be at least 0, not {options.seed}")
     return options

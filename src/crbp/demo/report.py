@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 import crbp
+from crbp._code import code
 from crbp.analysis import figures, memory_curve
 from crbp.analysis.page import RESIDUAL, write_page
 from crbp.demo.recipe import Recipe
@@ -213,6 +214,7 @@ def _origin(name: str, recipe: Recipe) -> Origin:
         gradient = {"class_path": "crbp.RBP", "init_args": {"solver": neumann, "on_divergence": "fallback"}}
     return Origin(
         name=f"demo, {name}",
+        code=code(),
         net={
             "class_path": "crbp.models.PathfinderNet",
             "init_args": {

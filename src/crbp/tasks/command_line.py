@@ -7,7 +7,8 @@ import json
 import logging
 import os
 import warnings
-from argparse import ArgumentError
+from argparse import ArgumentError, ArgumentParser
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelChec
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
 
-from crbp._command import Parser
+from crbp._code import code
+from crbp._command import Parser, told_examples
 from crbp._files import write_whole
 from crbp.data.pathfinder import DataError, GenerationError
 from crbp.errors import CrbpError, StorageError
@@ -30,7 +32,7 @@ from crbp.tasks._stop import StopOnSignal, Stopped, lost_process
 from crbp.tasks.finite import NonFinite
 from crbp.tasks.learning import LearningCheck
 from crbp.tasks.predictions import PredictionWriter
-from crbp.tasks.weights import Origin, SafetensorsExport, read_state, refuse_functions, to_hand_on
+from crbp.tasks.weights import CODE, Origin, SafetensorsExport, read_state, refuse_functions, to_hand_on
 
 COMMANDS = ("fit", "validate", "test", "predict")
 
@@ -96,13 +98,24 @@ def _trust(arguments: list[str]) -> list[str]:
 
 
 class _SaveConfig(SaveConfigCallback):
-    """Writes the whole configuration beside the logs of a run; a resumed run brings it up to date."""
+    """Writes the whole configuration, and which code ran, beside the logs; a resumed run brings them up to date."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         folder = trainer.log_dir  # agreed on by all processes, so asked for by all of them
         if trainer.loggers and folder is not None and trainer.is_global_zero:
             content = self.parser.dump(self.config, skip_unset=False)
             write_whole(Path(folder) / self.config_filename, content.encode())
+            if stage == "fit":
+                write_whole(Path(folder) / CODE, (json.dumps(code(), indent=2) + "\n").encode())
+
+
+class _Parser(LightningArgumentParser):
+    """Ends its help with examples, as they are typed."""
+
+    examples = ""
+
+    def format_help(self) -> str:
+        return f"{super().format_help()}{self.examples}"
 
 
 class _CommandLine(LightningCLI):
@@ -117,6 +130,7 @@ class _CommandLine(LightningCLI):
             seed_everything_default=0,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
+            parser_class=_Parser,
             args=args,
         )
 
@@ -127,6 +141,8 @@ class _CommandLine(LightningCLI):
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         parser.epilog = f"--trust PACKAGE …: whose classes may be named, besides those of {', '.join(_TRUSTED)}"
+        assert isinstance(parser, _Parser)
+        parser.examples = told_examples(f"crbp {subcommand}")
         if subcommand == "predict":
             parser.add_argument("--out", type=str, default="predictions", help="Folder to write to.")
             # They go to disk batch by batch; kept as well, they would fill the memory.
@@ -284,7 +300,31 @@ class _CommandLine(LightningCLI):
             json.loads(self._parser(self.subcommand).dump(self._settings, skip_unset=False, format="json"))
         )
         net = run["model"].get("init_args", {}).get("net")
-        return Origin(net=net, run=run, name=self._name) if net is not None else None
+        return Origin(net=net, run=run, name=self._name, code=code()) if net is not None else None
+
+
+class _Parsers(_CommandLine):
+    """The parsers alone."""
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Go no further: nothing is to be built."""
+        raise _Made(self._subcommand_parsers)
+
+
+class _Made(Exception):  # noqa: N818  # nothing is wrong
+    def __init__(self, parsers: dict[str, LightningArgumentParser]) -> None:
+        super().__init__()
+        self.parsers = parsers
+
+
+@cache
+def parsers() -> dict[str, ArgumentParser]:
+    """The parser of each of `COMMANDS`."""
+    try:
+        _Parsers(args=[])
+    except _Made as made:
+        return {name: made.parsers[name] for name in COMMANDS}
+    raise AssertionError("the command line did not ask for its arguments")
 
 
 def _keep_metrics(run: Path) -> None:

@@ -28,6 +28,7 @@ from crbp._torch_file import load_plain
 from crbp.tasks._messages import one_line
 
 _PREFIX = "net."
+CODE = "code.json"  # in the folder of a run
 
 
 class WeightsError(crbp.CrbpError, ValueError):
@@ -42,11 +43,14 @@ class Origin:
         net: the network, ``{"class_path": …, "init_args": …}`` of plain values; what it is rebuilt from.
         run: the configuration of the run that trained it, where there was one; not where it was logged.
         name: of that configuration.
+        code: that trained it, as far as it is known: ``crbp``, the version; ``commit`` of its checkout; ``project
+            commit`` of the one it was used in.
     """
 
     net: Mapping[str, Any]
     run: Mapping[str, Any] = field(default_factory=dict)
     name: str = ""
+    code: Mapping[str, str] = field(default_factory=dict)
 
     def metadata(self) -> dict[str, str]:
         """The texts that the file carries."""
@@ -56,6 +60,7 @@ class Origin:
             "crbp.name": self.name,
             "crbp.net": json.dumps(self.net),
             "crbp.run": json.dumps(self.run),
+            "crbp.code": json.dumps(self.code),
         }
 
 
@@ -188,11 +193,12 @@ def _read(path: Path) -> tuple[Origin, dict[str, Tensor]]:
         net, run = json.loads(metadata["crbp.net"]), json.loads(metadata.get("crbp.run", "{}"))
         if not isinstance(net, dict) or not isinstance(run, dict):
             raise ValueError("its configuration is no mapping")
+        code = texts(json.loads(metadata.get("crbp.code", "{}")))
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise WeightsError(f"{path} cannot be read ({error}); copy or export it again") from error
     except KeyError:
         raise WeightsError(f"{path} does not say which network it is of; save it with crbp.tasks.save_net") from None
-    return Origin(net=net, run=run, name=metadata.get("crbp.name", "")), state
+    return Origin(net=net, run=run, name=metadata.get("crbp.name", ""), code=code), state
 
 
 def _read_checkpoint(path: Path) -> tuple[Origin, dict[str, Tensor]]:
@@ -203,12 +209,29 @@ def _read_checkpoint(path: Path) -> tuple[Origin, dict[str, Tensor]]:
         if not isinstance(run, dict):
             raise TypeError("it is no mapping")
         run = to_hand_on(run)
+        code = texts(_written_code(file.with_name(CODE)))
     except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, RecursionError) as error:
         raise WeightsError(
             f"{path} is to have its run's configuration, with a net, in {file}, which cannot be read "
             f"({one_line(error)}); give the .safetensors file of the run"
         ) from error
-    return Origin(net=net, run=run, name=file.parent.parent.name), of_net(read_state(path))
+    return Origin(net=net, run=run, name=file.parent.parent.name, code=code), of_net(read_state(path))
+
+
+def _written_code(file: Path) -> Any:
+    """What `crbp fit` wrote beside the configuration; runs of before have none."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def texts(found: Any) -> dict[str, str]:
+    """A mapping of texts, seen to be one.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    if not isinstance(found, dict) or not all(isinstance(each, str) for pair in found.items() for each in pair):
+        raise ValueError("what it says of the code that trained it is no mapping of texts")
+    return found
 
 
 def of_net(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

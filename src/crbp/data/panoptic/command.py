@@ -18,7 +18,7 @@ def data(arguments: list[str]) -> None:
     Raises:
         CrbpError: the set has something wrong with it, or the options have.
     """
-    options = _data_parser().parse_args(arguments)
+    options = data_parser().parse_args(arguments)
     settings = vars(options)
     settings.pop("what")
     try:
@@ -43,7 +43,7 @@ def shapes(arguments: list[str]) -> None:
     """
     from crbp.data.panoptic.writer import write_shapes
 
-    settings = vars(_shapes_parser().parse_args(arguments))
+    settings = vars(shapes_parser().parse_args(arguments))
     try:
         written = write_shapes(settings.pop("out"), **settings)
     except (ValueError, OSError) as error:
@@ -51,10 +51,11 @@ def shapes(arguments: list[str]) -> None:
     print(f"{written.made} images made, {written.kept} kept from before: {written.manifest}")
 
 
-def _shapes_parser() -> Parser:
+def shapes_parser() -> Parser:
+    """The parser of ``crbp generate shapes``."""
     about = "Write a synthetic panoptic data set in COCO's format: textured shapes that overlap."
     parser = Parser(prog="crbp generate shapes", description=about, allow_abbrev=False)
-    parser.add_argument("--out", required=True, help="folder to write to")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write to")
     parser.add_argument(
         "--images", type=_pair, default=(10_000, 1_000), metavar="TRAIN,VAL", help="how many (default: 10000,1000)"
     )
@@ -75,14 +76,21 @@ def _pair(text: str) -> tuple[int, int]:
         raise argparse.ArgumentTypeError(f"{text!r} is not two whole numbers, such as 10000,1000") from None
 
 
-def _data_parser() -> Parser:
+def data_parser() -> Parser:
+    """The parser of ``crbp data``."""
     about = "Find everything that is wrong with a panoptic data set, or print its statistics where nothing is."
     parser = Parser(prog="crbp data", description=about, allow_abbrev=False)
     parser.add_argument("what", choices=("check",), help="what to do")
-    parser.add_argument("--images", required=True, help="folder of the images")
-    parser.add_argument("--panoptic", required=True, help="the JSON, such as annotations/panoptic_val2017.json")
-    parser.add_argument("--labels", help="folder of the PNGs (default: beside the JSON, of the same name)")
-    parser.add_argument("--categories", help="a JSON of categories (default: those of the panoptic JSON)")
+    parser.add_argument("--images", required=True, metavar="DIR", help="folder of the images")
+    parser.add_argument(
+        "--panoptic", required=True, metavar="FILE", help="the JSON, such as annotations/panoptic_val2017.json"
+    )
+    parser.add_argument(
+        "--labels", metavar="DIR", help="folder of the PNGs (default: beside the JSON, of the same name)"
+    )
+    parser.add_argument(
+        "--categories", metavar="FILE", help="a JSON of categories (default: those of the panoptic JSON)"
+    )
     parser.add_argument("--quick", action="store_true", help="only the JSON and whether the files are there")
     parser.add_argument("--allow-empty", action="store_true", help="an image without a segment is no finding")
     parser.add_argument("--limit", type=int, default=100, help="findings to list; all are counted (default: 100)")

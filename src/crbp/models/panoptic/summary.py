@@ -61,20 +61,26 @@ def _part(name: str, modules: Iterable[nn.Module]) -> Part:
     return Part(name, sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes))
 
 
+def parser() -> Parser:
+    """The command's parser."""
+    made = Parser(prog="crbp model-summary", description="Count the parameters of a panoptic model part by part.")
+    made.add_argument("model", choices=sorted(MODELS), help="Panoptic FPN, or the one with a recurrent mask head")
+    made.add_argument("--depth", type=int, choices=(18, 50, 101), default=50, help="of the ResNet (default: 50)")
+    made.add_argument("--things", type=int, default=80, help="thing classes (default: 80, those of COCO)")
+    made.add_argument("--stuff", type=int, default=53, help="stuff classes (default: 53)")
+    return made
+
+
 def main(arguments: list[str]) -> None:
     """The command ``crbp model-summary``."""
-    parser = Parser(prog="crbp model-summary", description="Count the parameters of a panoptic model part by part.")
-    parser.add_argument("model", choices=sorted(MODELS), help="Panoptic FPN, or the one with a recurrent mask head")
-    parser.add_argument("--depth", type=int, choices=(18, 50, 101), default=50, help="of the ResNet (default: 50)")
-    parser.add_argument("--things", type=int, default=80, help="thing classes (default: 80, those of COCO)")
-    parser.add_argument("--stuff", type=int, default=53, help="stuff classes (default: 53)")
-    options = parser.parse_args(arguments)
+    asked = parser()
+    options = asked.parse_args(arguments)
     try:
         # Parameters are counted, not filled.
         with torch.device("meta"):
             model = MODELS[options.model](options.depth, things=options.things, stuff=options.stuff)
     except ValueError as error:
-        parser.error(str(error))
+        asked.error(str(error))
     _print(parts(model), f"{type(model).__name__}, ResNet-{options.depth}")
 
 
