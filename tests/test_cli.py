@@ -238,5 +238,5 @@ def test_as_a_process() -> None:
     assert done.stdout == ""
     assert done.stderr.splitlines() == [
         "crbp: error: 'fitt' is no command of crbp; choose one of fit, validate, test, predict, generate, data, "
-        "demo, analyze, compare, model-summary, bench, export, doctor, completion (see crbp --help)"
+        "demo, analyze, compare, app, model-summary, bench, export, doctor, completion (see crbp --help)"
     ]

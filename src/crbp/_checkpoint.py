@@ -66,4 +66,5 @@ def _analysed(file: Path) -> Path:
 
 
 def add_trust(parser: argparse.ArgumentParser) -> None:
+    """Add the packages to trust."""
     parser.add_argument("--trust", nargs="+", default=(), metavar="PACKAGE", help="of the classes a file may name")

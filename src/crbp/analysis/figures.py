@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -100,7 +101,7 @@ def over_steps(
         axes.axvspan(0, trained, color="0.93", zorder=0)
         axes.text(trained, 1.01, "trained up to here", transform=axes.get_xaxis_transform(), ha="right", fontsize=8)
     for (name, curve), style in zip(curves.items(), _styles(), strict=False):
-        marked = {} if isinstance(trained, int) else {"marker": "o", "markevery": [trained[name] - 1]}
+        marked: dict[str, Any] = {} if isinstance(trained, int) else {"marker": "o", "markevery": [trained[name] - 1]}
         axes.plot(np.arange(1, len(curve) + 1), curve.numpy(), label=name, linewidth=2, **style, **marked)
     if level is not None:
         axes.axhline(level[1], color="0.5", linestyle=":", label=level[0])
@@ -188,7 +189,7 @@ def training(curves: Mapping[str, Sequence[tuple[int, float]]]) -> Figure:
     return figure
 
 
-def _styles() -> Iterator[dict[str, str]]:
+def _styles() -> Iterator[dict[str, Any]]:
     """A colour and a dash for each curve, none the same."""
     for dash in ("-", "--", ":", "-."):
         for colour in _COLOURS:

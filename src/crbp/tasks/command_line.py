@@ -114,8 +114,8 @@ class _Parser(LightningArgumentParser):
 
     examples = ""
 
-    def format_help(self) -> str:
-        return f"{super().format_help()}{self.examples}"
+    def format_help(self, *formatter: Any) -> str:  # jsonargparse passes one on, argparse none
+        return f"{super().format_help(*formatter)}{self.examples}"
 
 
 class _CommandLine(LightningCLI):
