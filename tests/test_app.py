@@ -143,8 +143,36 @@ def test_an_upload_is_brought_to_size_and_to_bright_strokes(tmp_path: Path) -> N
 
 def test_a_large_photograph_is_read_at_a_fraction_of_its_size(tmp_path: Path) -> None:
     file = tmp_path / "large.jpg"
-    Image.new("RGB", (4000, 3000)).save(file)
+    whole = Image.new("RGB", (4000, 3000))
+    whole.paste((255, 255, 255), (1000, 1000, 2000, 1200))
+    whole.save(file)
     assert uploaded(file, size=160).image.shape == (1, 1, 120, 160)
+
+
+def strokes(kind: str) -> Image.Image:
+    """One stroke: in 16 bits, in numbers, or opaque on nothing."""
+    drawn = np.zeros((64, 64))
+    drawn[30:34, 8:56] = 1
+    if kind == "16 bits":
+        return Image.fromarray((2_000 + 18_000 * drawn).astype(np.uint16))
+    if kind == "numbers":
+        return Image.fromarray(drawn.astype(np.float32) / 255)
+    shade = np.full((64, 64, 3), 255 if kind == "white on nothing" else 0)
+    return Image.fromarray(np.dstack([shade, 255 * drawn]).astype(np.uint8), "RGBA")
+
+
+@pytest.mark.filterwarnings("ignore:'mode' parameter is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("kind", ["16 bits", "numbers", "black on nothing", "white on nothing"])
+def test_an_upload_of_any_depth_shows_its_stroke(kind: str, tmp_path: Path) -> None:
+    strokes(kind).save(file := tmp_path / "a.tiff")
+    image = uploaded(file, size=64).image[0, 0]
+    assert (image[31, 20], image[5, 5]) == (1, 0)
+
+
+def test_an_upload_of_one_grey_is_refused(tmp_path: Path) -> None:
+    Image.new("L", (50, 50), 30).save(file := tmp_path / "a.png")
+    with pytest.raises(ImageError, match="one grey"):
+        uploaded(file, size=48)
 
 
 def test_what_is_no_upload_is_told_by_its_name_with_the_remedy(tmp_path: Path) -> None:

@@ -38,10 +38,26 @@ def test_the_commit_of_the_working_directory_is_told(project: Path, monkeypatch:
     assert code()["crbp"] == crbp.__version__
     (project / "sub").mkdir()
     assert commit(project / "sub") == head  # an untracked folder changes nothing
+    assert commit(project, changes=True) == head
     (project / "a").write_text("2")
-    assert code()["project commit"] == f"{head}-dirty"
     monkeypatch.setenv("GIT_DIR", "/nowhere")  # as within a hook
-    assert code()["project commit"] == f"{head}-dirty"
+    assert code()["project commit"] == head
+    assert commit(project, changes=True) == f"{head}-dirty"
+
+
+def test_a_repository_of_somebody_runs_nothing_of_its_own(project: Path) -> None:
+    trap = project / "trap"
+    trap.write_text("#!/bin/sh\ntouch sprung\ncat\n")
+    trap.chmod(0o755)
+    (project / ".gitattributes").write_text("a filter=x\n")
+    git(project, "config", "core.fsmonitor", str(trap))
+    git(project, "config", "filter.x.clean", str(trap))
+    (project / "a").write_text("2")
+    (project / "sprung").unlink(missing_ok=True)
+    assert "project commit" in code()
+    assert not (project / "sprung").exists()
+    git(project, "status")
+    assert (project / "sprung").exists()  # so the trap is one
 
 
 def test_a_run_from_a_checkout_of_crbp_has_its_commit_once(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:

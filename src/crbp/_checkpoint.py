@@ -9,6 +9,7 @@ from pathlib import Path
 from crbp.errors import CrbpError
 
 _WEIGHTS = ("weights/best.safetensors", "weights/last.safetensors", "model.safetensors")
+LONGEST = 4096  # letters of a path, on Linux
 _WHAT = "a .safetensors file, a .ckpt file in the folder of its run, that folder, or the name of a shipped network"
 
 
@@ -40,6 +41,8 @@ def checkpoint_file(named: Path) -> Path:
     Raises:
         CrbpError: if a folder has no weights, or an ``analysis.json`` does not say of which it is.
     """
+    if len(str(named)) > LONGEST:
+        raise CrbpError(f"{str(named)[:80]}… is no name of a checkpoint: it has {len(str(named))} letters")
     if named.is_dir():
         found = next((named / each for each in _WEIGHTS if (named / each).is_file()), None)
         if found is None and (named / "analysis.json").is_file():
@@ -58,11 +61,14 @@ def checkpoint_file(named: Path) -> Path:
 
 def _analysed(file: Path) -> Path:
     try:
-        return Path(json.loads(file.read_text(encoding="utf-8"))["checkpoint"])
+        weights = Path(json.loads(file.read_text(encoding="utf-8"))["checkpoint"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CrbpError(
             f"{file} does not say which weights it is of ({type(error).__name__}: {error}); name these themselves"
         ) from error
+    if not weights.is_file():
+        raise CrbpError(f"{file} is of {weights}, which is not there from here; name the weights themselves")
+    return weights
 
 
 def add_trust(parser: argparse.ArgumentParser) -> None:

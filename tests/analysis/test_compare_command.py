@@ -80,9 +80,10 @@ def test_models_of_one_name_are_told_apart_and_images_can_be_chosen(tmp_path: Pa
     file = weights(tmp_path / "a.safetensors")
     out = tmp_path / "out"
     chosen = ["--preset", "mini", "--seed", "5", "--images", "2", "--out", str(out)]
-    assert main(["compare", str(file), str(file), *chosen]) == 0
+    assert main(["compare", str(file), str(file), rf"_[/x]$\foo$<img>={file}", *chosen]) == 0
     found = compared(out)
-    assert list(found["models"]) == ["tiny", "tiny (2)"]
+    assert list(found["models"]) == ["tiny", "tiny (2)", r"_[/x]$\foo$<img>"]
+    assert "<img>" not in (out / "report.html").read_text(encoding="utf-8")
     assert (found["task"], found["seed"]) == ("mini", 5)
     assert found["models"]["tiny"]["f1"] == found["models"]["tiny (2)"]["f1"]
 
@@ -140,6 +141,11 @@ def test_what_a_checkpoint_may_be_named_by(tmp_path: Path) -> None:
     assert checkpoint_file(save_pretrained(file, tmp_path / "net")) == tmp_path / "net" / "model.safetensors"
     assert checkpoint_file(Path("small9_hgru_crbp")) == shipped()["small9_hgru_crbp"]
     assert checkpoint_file(Path("absent.safetensors")) == Path("absent.safetensors")
+    (tmp_path / "run" / "analysis" / "analysis.json").write_text(json.dumps({"checkpoint": "moved/best.ckpt"}))
+    with pytest.raises(CrbpError, match=r"analysis\.json is of moved/best\.ckpt, which is not there"):
+        checkpoint_file(tmp_path / "run" / "analysis")
+    with pytest.raises(CrbpError, match="it has 5000 letters"):
+        checkpoint_file(Path("a" * 5000))
     (tmp_path / "run" / "analysis" / "analysis.json").write_text("[1]")
     with pytest.raises(CrbpError, match="does not say which weights"):
         checkpoint_file(tmp_path / "run" / "analysis")

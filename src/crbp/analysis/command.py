@@ -52,8 +52,8 @@ def main(arguments: list[str]) -> None:
     write_numbers(folder / "analysis.json", numbers)
     _write(folder / "report.html", file, origin.name or file.stem, found, seen)
     for name, value in _rows(found):
-        console.print(f"{name:<58}{value}", highlight=False)
-    console.print(f"Open [bold]{folder / 'report.html'}[/] to see it.", soft_wrap=True)
+        console.print(f"{name:<58}{value}", highlight=False, markup=False)
+    console.print(f"Open {folder / 'report.html'} to see it.", soft_wrap=True, markup=False)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -107,7 +107,7 @@ def _memory_rows(found: Analysis) -> list[tuple[str, str]]:
     rows = []
     for steps in (found.trained, 4 * found.trained):
         own, bptt = (each[memory.steps.index(steps)] / 2**20 for each in (memory.own, memory.bptt))
-        rows.append((f"MiB kept to train on one image, {steps} steps", f"{own:.1f} (BPTT {bptt:.1f})"))
+        rows.append((f"MiB kept to train on one image, {steps} steps, not fused", f"{own:.1f} (BPTT {bptt:.1f})"))
     return rows
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -118,7 +119,7 @@ def main(arguments: list[str]) -> None:
     last = 4 * max(entry.net.evolve.steps for entry in entries.values())
     found = {}
     for name, entry in entries.items():
-        with console.status(f"Following {name} …"), torch.inference_mode(False):
+        with console.status(f"Following {escape(name)} …"), torch.inference_mode(False):
             found[name] = _measure(entry, seen, last)
     numbers = {name: {"checkpoint": str(entries[name].file), "task": entries[name].task, **found[name].numbers()}
                for name in entries}  # fmt: skip
@@ -126,7 +127,7 @@ def main(arguments: list[str]) -> None:
     write_numbers(folder / "comparison.json", {**shared, "models": numbers})
     _write(folder / "report.html", found, entries, seen)
     _tell(console, found, entries, seen)
-    console.print(f"Open [bold]{folder / 'report.html'}[/] to see it.", soft_wrap=True)
+    console.print(f"Open {folder / 'report.html'} to see it.", soft_wrap=True, markup=False)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -211,17 +212,17 @@ def _rows(found: dict[str, Measured], entries: dict[str, Entry]) -> list[list[st
         rows.append([label, *("not finite" if value is None else form.format(value) for value in values)])
     for when in ("n", "4n"):
         kept = [f"{numbers[name][f'memory_bytes_at_{when}'] / 2**20:.1f}" for name in found]
-        rows.append([f"MiB kept to train on one image, {when.upper()} steps", *kept])
+        rows.append([f"MiB kept to train on one image, {when.upper()} steps, not fused", *kept])
     return rows
 
 
 def _tell(console: Console, found: dict[str, Measured], entries: dict[str, Entry], seen: Images) -> None:
     head, *rows = _rows(found, entries)
-    table = Table("", *head[1:], title=_same(seen), box=None, pad_edge=False)
+    table = Table("", *map(escape, head[1:]), title=escape(_same(seen)), box=None, pad_edge=False)
     for column in table.columns[1:]:
         column.justify = "right"
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     console.print(table, highlight=False)
 
 

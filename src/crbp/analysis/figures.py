@@ -102,7 +102,7 @@ def over_steps(
         axes.text(trained, 1.01, "trained up to here", transform=axes.get_xaxis_transform(), ha="right", fontsize=8)
     for (name, curve), style in zip(curves.items(), _styles(), strict=False):
         marked: dict[str, Any] = {} if isinstance(trained, int) else {"marker": "o", "markevery": [trained[name] - 1]}
-        axes.plot(np.arange(1, len(curve) + 1), curve.numpy(), label=name, linewidth=2, **style, **marked)
+        axes.plot(np.arange(1, len(curve) + 1), curve.numpy(), label=_plain(name), linewidth=2, **style, **marked)
     if level is not None:
         axes.axhline(level[1], color="0.5", linestyle=":", label=level[0])
     if linear_below is not None:
@@ -155,7 +155,7 @@ def memory(steps: Sequence[int], curves: Mapping[str, Sequence[int]]) -> Figure:
     """Activation memory of a training step against the number of steps of recurrence."""
     figure, axes = _axes()
     for (name, found), style in zip(curves.items(), _styles(), strict=False):
-        axes.plot(steps, np.asarray(found) / 2**20, marker="o", label=name, linewidth=2, markersize=4, **style)
+        axes.plot(steps, np.asarray(found) / 2**20, marker="o", label=_plain(name), linewidth=2, markersize=4, **style)
     axes.set(xlabel="steps of recurrence N", ylabel="saved activations (MiB)", ylim=(0, None))
     axes.legend(frameon=False)
     return figure
@@ -166,7 +166,7 @@ def radii(found: Mapping[str, Tensor]) -> Figure:
     figure, axes = _axes()
     for (name, values), style in zip(found.items(), _styles(), strict=False):
         ordered = values.sort().values.numpy()
-        axes.plot(np.linspace(0, 100, len(ordered)), ordered, label=name, linewidth=2, **style)
+        axes.plot(np.linspace(0, 100, len(ordered)), ordered, label=_plain(name), linewidth=2, **style)
     axes.axhline(1.0, color="0.5", linestyle=":", label="edge of stability")
     axes.set(xlabel="images (%)", ylabel="spectral radius", xlim=(0, 100))
     axes.legend(frameon=False)
@@ -182,7 +182,7 @@ def training(curves: Mapping[str, Sequence[tuple[int, float]]]) -> Figure:
     figure, axes = _axes()
     for (name, curve), style in zip(curves.items(), _styles(), strict=False):
         at, values = np.asarray(curve, float).reshape(-1, 2).T
-        axes.plot(at, values, label=name, linewidth=2, **style)
+        axes.plot(at, values, label=_plain(name), linewidth=2, **style)
     axes.set(xlabel="optimiser step", ylabel="logged value")
     axes.set_yscale("symlog", linthresh=NEGLIGIBLE)
     axes.legend(frameon=False)
@@ -194,6 +194,11 @@ def _styles() -> Iterator[dict[str, Any]]:
     for dash in ("-", "--", ":", "-."):
         for colour in _COLOURS:
             yield {"color": colour, "linestyle": dash}
+
+
+def _plain(name: str) -> str:
+    """A name as matplotlib writes it: no formula, and not left out for its first letter."""
+    return "\u200b" + name.replace("$", r"\$") if name.startswith("_") else name.replace("$", r"\$")
 
 
 def _axes() -> tuple[Figure, Axes]:

@@ -130,7 +130,7 @@ def uploaded(file: str | Path | None, *, size: int, name: str | None = None) -> 
     try:
         with open_image(file, "the image", "choose a PNG, JPEG, WebP, BMP or TIFF file") as opened:
             opened.draft("L", (2 * SIZES[1], 2 * SIZES[1]))  # decodes a photograph at a fraction of its size
-            grey = ImageOps.exif_transpose(opened).convert("L")
+            grey = _grey(ImageOps.exif_transpose(opened))
     except DataError as error:
         raise ImageError(f"{name}: {error.what.split(' (', 1)[0]}; {error.remedy}") from error
     scale = size / max(grey.size)
@@ -140,10 +140,27 @@ def uploaded(file: str | Path | None, *, size: int, name: str | None = None) -> 
             f"{name} is {grey.width} × {grey.height} pixels, too narrow to trace anything in; crop it squarer"
         )
     pixels = np.asarray(grey.resize((width, height), Image.Resampling.BOX), np.float32) / 255
+    if np.ptp(pixels) == 0:
+        raise ImageError(f"{name} is of one grey: there is nothing in it to trace; choose another")
     told = f"{name}, shown to the models as {width} × {height} pixels"
     if float(np.median(pixels)) > 0.5:
         pixels, told = 1 - pixels, f"{told}, inverted: the models know bright strokes on a dark ground"
     return Picture(image=torch.from_numpy(pixels)[None, None], mask=None, told=f"{told}.")
+
+
+def _grey(image: Image.Image) -> Image.Image:
+    """An image in 8 bits of grey; what has more is scaled to its range, and what is transparent put on a ground."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        values = np.asarray(image, np.float64)
+        if not np.isfinite(values).all():
+            raise ImageError("the image has values that are not finite; choose another")
+        return Image.fromarray((255 * (values - values.min()) / max(float(np.ptp(values)), 1e-300)).astype(np.uint8))
+    if not image.has_transparency_data:
+        return image.convert("L")
+    grey, alpha = image.convert("LA").split()
+    weight, shade = np.asarray(alpha, np.float64) / 255, np.asarray(grey, np.float64)
+    ground = 0.0 if (weight * shade).sum() > 127 * weight.sum() else 255.0  # strokes stand out from it
+    return Image.fromarray(np.rint(weight * shade + (1 - weight) * ground).astype(np.uint8))
 
 
 def _whole(name: str, value: float) -> int:
