@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributions import Dirichlet, kl_divergence
 
-from crbp.losses import focal_loss
+from crbp.losses import evidential_loss, focal_loss
 
 
 def maps(scale: float = 3.0) -> tuple[Tensor, Tensor]:
@@ -66,3 +67,43 @@ def test_half_precision_is_computed_in_full() -> None:
 def test_mistakes(logits: Tensor, mask: Tensor, gamma: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         focal_loss(logits, mask, gamma)
+
+
+@pytest.mark.parametrize("kl_weight", [0.0, 0.1, 1.0])
+def test_evidential_loss_is_the_one_of_dirichlet_distributions(kl_weight: float) -> None:
+    logits, mask = maps(30.0)
+    alpha = (logits / 10).clamp(-10, 10).exp().movedim(1, -1) + 1
+    truth = F.one_hot(mask.long(), 2)
+    risk = -((alpha / alpha.sum(-1, keepdim=True)) * truth).sum(-1).log()
+    kept = Dirichlet(truth + (1 - truth) * alpha)
+    wanted = risk + kl_weight * kl_divergence(kept, Dirichlet(torch.ones_like(alpha)))
+    torch.testing.assert_close(evidential_loss(logits, mask, kl_weight), wanted.mean())
+
+
+def test_evidential_gradient() -> None:
+    logits, mask = maps(30.0)
+    assert torch.autograd.gradcheck(lambda x: evidential_loss(x, mask, 0.3), logits.requires_grad_())
+
+
+def test_extreme_evidence_keeps_loss_and_gradient_finite() -> None:
+    logits = torch.tensor([[-1e6, 1e6], [1e6, -1e6]]).view(1, 2, 1, 2).requires_grad_()
+    loss = evidential_loss(logits, torch.tensor([[[True, True]]]), 0.0)
+    loss.backward()
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
+    torch.testing.assert_close(loss.detach(), torch.tensor(5.0), atol=1e-3, rtol=0)  # e is at most exp(10)
+
+
+def test_evidence_for_the_wrong_class_costs_more_with_more_weight() -> None:
+    wrong = torch.tensor([30.0, -30.0]).view(1, 2, 1, 1)
+    right = wrong.flip(1)
+    mask = torch.ones(1, 1, 1, dtype=torch.bool)
+    assert evidential_loss(wrong, mask, 1.0) > evidential_loss(wrong, mask, 0.0) + 1
+    assert abs(evidential_loss(right, mask, 1.0) - evidential_loss(right, mask, 0.0)) < 0.01
+
+
+def test_evidential_mistakes() -> None:
+    with pytest.raises(ValueError, match="kl_weight must be finite"):
+        evidential_loss(torch.zeros(1, 2, 2, 2), torch.zeros(1, 2, 2).bool(), -1.0)
+    with pytest.raises(ValueError, match="logits must have shape"):
+        evidential_loss(torch.zeros(1, 3, 2, 2), torch.zeros(1, 2, 2).bool())

@@ -40,6 +40,47 @@ def focal_loss(logits: Tensor, mask: Tensor, gamma: float = 2.0) -> Tensor:
     return -(torch.exp(gamma * log_wrong) * log_right).mean()
 
 
+def evidence(logits: Tensor) -> Tensor:
+    """Evidence ``e = exp(clip(logit / 10, −10, 10))`` for each class; in float32 at least.
+
+    ``α = e + 1`` are the parameters of a Dirichlet distribution over the probabilities of the classes.
+
+    Source: Goetschalckx et al., Computing a human-like reaction time metric from stable recurrent vision models,
+    NeurIPS 2023, arXiv 2306.11582.
+    """
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return (wide / 10).clamp(-10, 10).exp()
+
+
+def evidential_loss(logits: Tensor, mask: Tensor, kl_weight: float = 0.1) -> Tensor:
+    """Two-class evidential loss, averaged over all pixels.
+
+    ``L = mean[log Σ_k α_k − log α_true + λ · KL(Beta(1, α_wrong) ‖ Beta(1, 1))]`` with ``α`` as `evidence` has it and
+    ``KL = log α_wrong + 1 / α_wrong − 1``. The first part is the negative logarithm of the expected probability of a
+    pixel's true class; the second takes back evidence for the wrong one, so that a pixel of which nothing is known has
+    little evidence at all, and not much for both.
+
+    Args:
+        logits: ``(B, 2, H, W)``, background and target.
+        mask: ``(B, H, W)`` of bool, true on the target.
+        kl_weight: λ, finite and at least 0.
+
+    Returns:
+        A scalar in nats.
+
+    Raises:
+        ValueError: if the shapes do not fit, the mask is not bool, or λ is out of range.
+
+    Source: Sensoy et al., Evidential deep learning to quantify classification uncertainty, NeurIPS 2018, equations 3
+    and 5, with the evidence of Goetschalckx et al., NeurIPS 2023, arXiv 2306.11582.
+    """
+    non_negative("kl_weight", kl_weight)
+    check_maps(logits, mask)
+    background, target = (evidence(logits) + 1).unbind(dim=1)
+    right, wrong = torch.where(mask, target, background), torch.where(mask, background, target)
+    return ((right + wrong).log() - right.log() + kl_weight * (wrong.log() + 1 / wrong - 1)).mean()
+
+
 def constant_loss(mask: Tensor, gamma: float = 2.0) -> Tensor:
     """The least focal loss of an answer that is the same for every pixel, to 1 %.
 

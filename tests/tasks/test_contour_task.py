@@ -9,7 +9,7 @@ import torch
 from tiny_contours import LEAF_SPEC, tiny_data, tiny_net, tiny_task, trainer
 
 import crbp
-from crbp.losses import focal_loss
+from crbp.losses import evidential_loss, focal_loss
 from crbp.models import FeedForwardNet
 from crbp.tasks import ContourTask, FrobeniusPenalty, LipschitzPenalty, PredictionWriter
 
@@ -68,6 +68,25 @@ def test_feedforward_logs_nothing_of_a_run(tmp_path: Path) -> None:
     assert "val/f1" in fit.callback_metrics
 
 
+def test_weight_against_wrong_evidence_rises_through_training(tmp_path: Path) -> None:
+    seen: list[float] = []
+
+    class Watched(ContourTask):
+        def training_step(self, batch: dict[str, Any], batch_idx: int) -> Any:
+            logits = self.net(batch["image"]).logits.detach()
+            risk, both = (evidential_loss(logits, batch["mask"], weight) for weight in (0.0, 1.0))
+            loss = super().training_step(batch, batch_idx)
+            seen.append(float((loss - risk) / (both - risk)))
+            return loss
+
+    task = Watched(tiny_net(crbp.BPTT()), loss="evidential", kl_weight=0.5)
+    fit = trainer(tmp_path)
+    fit.fit(task, tiny_data())
+    assert seen == pytest.approx([0.5 * step / 5 for step in range(5)], abs=1e-4)
+    assert "train/focal" not in fit.callback_metrics
+    assert float(fit.callback_metrics["val/loss"]) > 0
+
+
 @pytest.mark.filterwarnings("ignore:You are trying to .self.log... but the .self.trainer. reference is not registered")
 def test_supervision_of_all_steps_is_the_mean_of_the_losses() -> None:
     task = tiny_task(crbp.BPTT(), supervision="all", penalty=None)
@@ -96,6 +115,10 @@ def test_penalty_is_that_of_the_core(reduction: Any) -> None:
         (lambda: tiny_task(beta2=1.0), "beta2 must lie in"),
         (lambda: tiny_task(penalty=None, penalty_ramp=0.5), "has no penalty to raise"),
         (lambda: tiny_task(gamma=-1.0), "gamma must be finite"),
+        (lambda: tiny_task(loss="hinge"), "loss must be one of"),
+        (lambda: tiny_task(loss="evidential", gamma=1.0), "gamma=1.0 is of the focal loss"),
+        (lambda: tiny_task(kl_weight=0.5), "kl_weight=0.5 is of the evidential loss"),
+        (lambda: tiny_task(loss="evidential", kl_weight=-0.5), "kl_weight must be finite"),
         (lambda: tiny_task(weight_decay=-1.0), "weight_decay must be finite"),
         (lambda: ContourTask(FeedForwardNet(4, 3), penalty=LipschitzPenalty(weight=1)), "needs a recurrent network"),
         (lambda: ContourTask(FeedForwardNet(4, 3), supervision="all"), "needs a recurrent network"),

@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 from crbp._checks import count
-
-_SCALE = 10.0  # logits are divided by it before they are taken for logarithms of evidence
-_LIMIT = 10.0  # of those logarithms
+from crbp.losses import evidence
 
 
 def evidential_uncertainty(logits: Tensor, *, dim: int = 1) -> Tensor:
@@ -16,7 +14,7 @@ def evidential_uncertainty(logits: Tensor, *, dim: int = 1) -> Tensor:
 
     ``α`` are the parameters of a Dirichlet distribution over the probabilities of the classes; without evidence, all
     ``e = 0``, ``ε`` is 1, and it falls to 0 with evidence for any class. It means what it says of models that were
-    trained with an evidential loss. Of others it is a monotone reading of how large their logits are.
+    trained with `crbp.losses.evidential_loss`. Of others it is a monotone reading of how large their logits are.
 
     Args:
         logits: with the classes along ``dim``.
@@ -28,8 +26,7 @@ def evidential_uncertainty(logits: Tensor, *, dim: int = 1) -> Tensor:
     Source: Goetschalckx et al., Computing a human-like reaction time metric from stable recurrent vision models,
     NeurIPS 2023, arXiv 2306.11582.
     """
-    evidence = (logits / _SCALE).clamp(-_LIMIT, _LIMIT).exp()
-    return logits.shape[dim] / (evidence + 1).sum(dim=dim)
+    return logits.shape[dim] / (evidence(logits) + 1).sum(dim=dim)
 
 
 def reaction_time(uncertainty: Tensor, *, dim: int = 0) -> Tensor:

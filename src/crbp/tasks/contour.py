@@ -14,7 +14,7 @@ from torchmetrics import MeanMetric, MetricCollection
 
 import crbp
 from crbp._checks import choice, count, non_negative, share
-from crbp.losses import constant_loss, focal_loss
+from crbp.losses import constant_loss, evidential_loss, focal_loss
 from crbp.metrics import contour_metrics
 from crbp.models import Prediction
 from crbp.tasks._backward import log_backward
@@ -23,22 +23,25 @@ from crbp.tasks.penalties import Penalty
 
 Supervision = Literal["last", "all"]
 Schedule = Literal["cosine", "constant"]
+Loss = Literal["focal", "evidential"]
 Stage = Literal["val", "test"]
 Batch = dict[str, Tensor]
 
 RAMP = 0.8  # share of the training over which a penalty's weight rises
+GAMMA = 2.0  # of the focal loss
+KL_WEIGHT = 0.1  # of the evidential loss
 
 
 class ContourTask(ResumableModule):
     """Train a network to say of each pixel whether it lies on the marked contour.
 
-    ``loss = focal + ramp · (weight · penalty + residual_weight · residual² + spectral_weight · spectral)``,
-    minimised by Adam. A batch is
+    ``loss = pixels + ramp · (weight · penalty + residual_weight · residual² + spectral_weight · spectral)``, the first
+    the focal or the evidential loss of the readout, minimised by Adam. A batch is
     ``{"image": (B, 1, H, W) in [0, 1], "mask": (B, H, W) of bool}``. The learning rate rises linearly from 0 over the
     first ``warmup · T`` of all ``T`` optimiser steps and then stays or follows ``½ (1 + cos(π t / T))``.
 
-    Logged in training, under ``train/``: ``loss``, ``focal``, ``penalty``, ``spectral_penalty``, ``residual`` of the
-    last step; of the backward solve ``backward_terms``, ``backward_residual``, and, counted over an epoch,
+    Logged in training, under ``train/``: ``loss``, ``focal`` or ``evidential``, ``penalty``, ``spectral_penalty``, ``residual``
+    of the last step; of the backward solve ``backward_terms``, ``backward_residual``, and, counted over an epoch,
     ``backward_failed`` (diverged or not finite) and ``backward_fell_back``. In validation and test: ``loss``, the
     numbers of `crbp.metrics.contour_metrics` over all pixels of all processes, ``residual``, ``penalty``, and of the
     first batch ``spectral_radius``, with ``spectral_radius_converged`` 0 where that estimate is not to be trusted.
@@ -60,7 +63,9 @@ class ContourTask(ResumableModule):
             in late training; with `crbp.BPTT` the memory then grows to that of ``3N`` steps.
         supervision: ``"last"``, the loss sees the last step; ``"all"``, its mean over every step, which needs
             `crbp.BPTT`.
-        gamma: of the focal loss; see `crbp.losses.focal_loss`.
+        loss: of the readout: ``"focal"``, or ``"evidential"``, which teaches the network to say how sure it is.
+        gamma: of `crbp.losses.focal_loss`; None for 2.
+        kl_weight: of `crbp.losses.evidential_loss` at the end of training, towards which it rises from 0; None for 0.1.
         learning_rate: peak of the schedule.
         weight_decay: of Adam, added to the gradient.
         beta2: of Adam, in [0, 1): how long it remembers squared gradients; 0.99 suits runs of a thousand steps.
@@ -85,7 +90,9 @@ class ContourTask(ResumableModule):
         spectral_weight: float | None = None,
         step_jitter: int | None = None,
         supervision: Supervision = "last",
-        gamma: float = 2.0,
+        loss: Loss = "focal",
+        gamma: float | None = None,
+        kl_weight: float | None = None,
         learning_rate: float = 1e-3,
         weight_decay: float = 0.0,
         beta2: float = 0.999,
@@ -97,7 +104,14 @@ class ContourTask(ResumableModule):
         super().__init__()
         choice("supervision", supervision, get_args(Supervision))
         choice("schedule", schedule, get_args(Schedule))
-        non_negative("gamma", gamma)
+        choice("loss", loss, get_args(Loss))
+        for name, value, owner in (("gamma", gamma, "focal"), ("kl_weight", kl_weight, "evidential")):
+            if value is not None and owner != loss:
+                raise ValueError(f"{name}={value!r} is of the {owner} loss; leave it out with loss={loss!r}")
+        self.gamma = GAMMA if gamma is None else gamma
+        self.kl_weight = KL_WEIGHT if kl_weight is None else kl_weight
+        non_negative("gamma", self.gamma)
+        non_negative("kl_weight", self.kl_weight)
         non_negative("weight_decay", weight_decay)
         share("warmup", warmup)
         share("beta2", beta2)
@@ -133,7 +147,7 @@ class ContourTask(ResumableModule):
         self.save_hyperparameters(ignore=["net", "penalty"])
         self.penalty, self.penalty_ramp, self.step_jitter = penalty, ramp, jitter
         self.residual_weight, self.spectral_weight = settle, contract
-        self.supervision, self.gamma = supervision, gamma
+        self.supervision, self.loss = supervision, loss
         self.learning_rate, self.weight_decay, self.beta2 = learning_rate, weight_decay, beta2
         self.schedule, self.warmup = schedule, warmup
         self.spectral_radius, self.predict_steps = spectral_radius, predict_steps
@@ -150,10 +164,10 @@ class ContourTask(ResumableModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of a batch."""
         prediction: Prediction = self.net(batch["image"], **self._asked_of_net())
-        focal = self._focal(prediction, batch["mask"])
-        values: dict[str, Tensor | float] = {"train/focal": focal}
-        self.progress = focal.detach(), constant_loss(batch["mask"], self.gamma)
-        loss = focal
+        loss = pixels = self._of_steps(prediction, batch["mask"])
+        values: dict[str, Tensor | float] = {f"train/{self.loss}": pixels}
+        # The evidential loss has no less than the cross-entropy of the same probabilities.
+        self.progress = pixels.detach(), constant_loss(batch["mask"], self.gamma if self.loss == "focal" else 0.0)
         if self.penalty is not None:
             assert prediction.run is not None  # checked when the task was made
             values["train/penalty"] = penalty = self.penalty(prediction.run)
@@ -250,17 +264,23 @@ class ContourTask(ResumableModule):
         done = self.trainer.global_step / self.trainer.estimated_stepping_batches
         return float(100 ** min(done / self.penalty_ramp - 1.0, 0.0))
 
-    def _focal(self, prediction: Prediction, mask: Tensor) -> Tensor:
-        if prediction.steps is None:
-            return focal_loss(prediction.logits, mask, self.gamma)
-        steps = prediction.steps
-        return focal_loss(steps.flatten(0, 1), mask.expand(len(steps), *mask.shape).flatten(0, 1), self.gamma)
+    def _of_steps(self, prediction: Prediction, mask: Tensor) -> Tensor:
+        """The loss of the readout in training: of the last step, or of all."""
+        if (steps := prediction.steps) is None:
+            return self._of_pixels(prediction.logits, mask, annealed=True)
+        return self._of_pixels(steps.flatten(0, 1), mask.expand(len(steps), *mask.shape).flatten(0, 1), annealed=True)
+
+    def _of_pixels(self, logits: Tensor, mask: Tensor, *, annealed: bool = False) -> Tensor:
+        if self.loss == "focal":
+            return focal_loss(logits, mask, self.gamma)
+        done = self.trainer.global_step / self.trainer.estimated_stepping_batches if annealed else 1.0
+        return evidential_loss(logits, mask, self.kl_weight * done)
 
     def _evaluate(self, stage: Stage, batch: Batch, batch_idx: int) -> None:
         image, mask = batch["image"], batch["mask"]
         prediction: Prediction = self.net(image)
         (self.val_metrics if stage == "val" else self.test_metrics).update(prediction.logits, mask)
-        found = {"loss": focal_loss(prediction.logits, mask, self.gamma)}
+        found = {"loss": self._of_pixels(prediction.logits, mask)}
         if (run := prediction.run) is not None:
             found["residual"] = torch.tensor(run.report.residual, device=self.device)
             # Random numbers of its own: those that training draws do not depend on how often it is validated.
