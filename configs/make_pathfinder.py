@@ -230,9 +230,8 @@ def small_rows() -> Iterator[tuple[str, str, dict[str, Any]]]:
     yield "small5_hgru_crbp_gmres", what, recurrent(gmres, "small5", "hgru", "crbp", steps, 7)
     steps = SMALL_STEPS[9]
     sure = small(9, steps)
-    sure = replace(
-        sure, task={**{key: value for key, value in sure.task.items() if key != "gamma"}, "loss": "evidential"}
-    )
+    unfocused = {name: value for name, value in sure.task.items() if name != "gamma"}
+    sure = replace(sure, task={**unfocused, "loss": "evidential"})
     what = f"48×48 images, 9 dashes, hGRU, C-RBP, {steps} steps, evidential loss: it says how sure it is"
     yield "small9_hgru_crbp_evidential", what, recurrent(sure, "small9", "hgru", "crbp", steps, 7)
     yield from long_rows()

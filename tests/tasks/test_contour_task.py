@@ -76,7 +76,7 @@ def test_weight_against_wrong_evidence_rises_through_training(tmp_path: Path) ->
             logits = self.net(batch["image"]).logits.detach()
             risk, both = (evidential_loss(logits, batch["mask"], weight) for weight in (0.0, 1.0))
             loss = super().training_step(batch, batch_idx)
-            seen.append(float((loss - risk) / (both - risk)))
+            seen.append(float((loss.detach() - risk) / (both - risk)))
             return loss
 
     task = Watched(tiny_net(crbp.BPTT()), loss="evidential", kl_weight=0.5)

@@ -40,9 +40,9 @@ class ContourTask(ResumableModule):
     ``{"image": (B, 1, H, W) in [0, 1], "mask": (B, H, W) of bool}``. The learning rate rises linearly from 0 over the
     first ``warmup · T`` of all ``T`` optimiser steps and then stays or follows ``½ (1 + cos(π t / T))``.
 
-    Logged in training, under ``train/``: ``loss``, ``focal`` or ``evidential``, ``penalty``, ``spectral_penalty``, ``residual``
-    of the last step; of the backward solve ``backward_terms``, ``backward_residual``, and, counted over an epoch,
-    ``backward_failed`` (diverged or not finite) and ``backward_fell_back``. In validation and test: ``loss``, the
+    Logged in training, under ``train/``: ``loss``, ``focal`` or ``evidential``, ``penalty``, ``spectral_penalty``,
+    ``residual`` of the last step; of the backward solve ``backward_terms``, ``backward_residual``, and, counted over an
+    epoch, ``backward_failed`` (diverged or not finite) and ``backward_fell_back``. In validation and test: ``loss``, the
     numbers of `crbp.metrics.contour_metrics` over all pixels of all processes, ``residual``, ``penalty``, and of the
     first batch ``spectral_radius``, with ``spectral_radius_converged`` 0 where that estimate is not to be trusted.
 
