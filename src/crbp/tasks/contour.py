@@ -42,9 +42,9 @@ class ContourTask(ResumableModule):
 
     Logged in training, under ``train/``: ``loss``, ``focal`` or ``evidential``, ``penalty``, ``spectral_penalty``,
     ``residual`` of the last step; of the backward solve ``backward_terms``, ``backward_residual``, and, counted over an
-    epoch, ``backward_failed`` (diverged or not finite) and ``backward_fell_back``. In validation and test: ``loss``, the
-    numbers of `crbp.metrics.contour_metrics` over all pixels of all processes, ``residual``, ``penalty``, and of the
-    first batch ``spectral_radius``, with ``spectral_radius_converged`` 0 where that estimate is not to be trusted.
+    epoch, ``backward_failed`` (diverged or not finite) and ``backward_fell_back``. In validation and test: ``loss``,
+    the numbers of `crbp.metrics.contour_metrics` over all pixels of all processes, ``residual``, ``penalty``, and of
+    the first batch ``spectral_radius``, with ``spectral_radius_converged`` 0 where that estimate is not to be trusted.
 
     Args:
         net: maps images to a `crbp.models.Prediction`; a recurrent one has its `crbp.Evolve` as the attribute
