@@ -2,7 +2,9 @@
 
     python benchmarks/pathfinder_results.py 'small*' --out results/pathfinder
 
-Reads the runs of `pathfinder.py`; rows that are not finished are left out. Weights are copied beside the table.
+Reads the runs of `pathfinder.py`; rows that are not finished are left out. What is known of each row is kept in
+``rows/NAME.json`` and its weights beside that, so that rows may be trained on several machines, one after the other:
+table, curves and figures are those of all rows that are kept.
 """
 
 from __future__ import annotations
@@ -13,8 +15,8 @@ import json
 import shutil
 import statistics
 import warnings
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -53,10 +55,30 @@ Line = dict[str, Any]
 Curve = list[tuple[int, float]]
 
 
-def collect(run: Path) -> Line | None:
-    """One line of the table; None for a run that is not finished."""
-    if not (run / "made.json").exists():
-        return None
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What is known of a run that is finished.
+
+    Attributes:
+        line: of the table.
+        f1: after every step up to 4N; empty of a feed-forward net.
+        curves: optimiser step and value of what was validated in training, by tag.
+    """
+
+    line: Line
+    f1: list[float]
+    curves: dict[str, Curve]
+
+
+def collect(run: Path) -> Row:
+    """A run that is finished."""
+    feedforward = "feedforward" in run.parent.name
+    curves = {tag: found for tag in TAGS if (found := curve(run, tag))}
+    return Row(line=line_of(run), f1=[] if feedforward else analysis(run)["f1"], curves=curves)
+
+
+def line_of(run: Path) -> Line:
+    """The line of the table."""
     made = json.loads((run / "made.json").read_text())
     config = yaml.safe_load((run / "config.yaml").read_text())
     net = config["model"]["init_args"]["net"]["init_args"]
@@ -130,41 +152,59 @@ def events(run: Path) -> EventAccumulator:
     return found
 
 
-def write(runs: Iterable[Path], out: Path) -> None:
-    """The table and the curves as CSV files, the figures, and the weights."""
-    lines = {run: line for run in runs if (line := collect(run)) is not None}
-    if not lines:
+def keep(runs: Iterable[Path], out: Path) -> None:
+    """Keep what is known of the runs that are finished, and their weights."""
+    for folder in (out / "rows", out / "weights"):
+        folder.mkdir(parents=True, exist_ok=True)
+    for run in runs:
+        if not (run / "made.json").exists():
+            continue
+        name, row = run.parent.name, collect(run)
+        (out / "rows" / f"{name}.json").write_text(json.dumps(rounded(asdict(row)), separators=(",", ":")) + "\n")
+        shutil.copyfile(run / "weights" / "last.safetensors", out / "weights" / f"{name}.safetensors")
+        if _of_middle_task(row) and row.line["method"] in ("crbp", "bptt"):
+            shutil.copyfile(run / "analysis" / "state_space.png", out / f"states_{row.line['method']}.png")
+
+
+def rounded(value: Any) -> Any:
+    """The same with five digits of every number."""
+    if isinstance(value, dict):
+        return {key: rounded(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(each) for each in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def write(out: Path) -> None:
+    """The table and the curves as CSV files, and the figures, of the rows that are kept."""
+    rows = [Row(**json.loads(file.read_text())) for file in sorted((out / "rows").glob("*.json"))]
+    if not rows:
         raise SystemExit("no finished run was found; pathfinder.py trains them, --runs says where they are")
-    (out / "weights").mkdir(parents=True, exist_ok=True)
     with (out / "table.csv").open("w", newline="") as file:
         writer = csv.DictWriter(
             file, [*COLUMNS, *(f"best_on_{task}" for task in TASKS)], restval="", extrasaction="ignore"
         )
         writer.writeheader()
-        for line in lines.values():
-            writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in line.items()})
+        for row in rows:
+            writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.line.items()})
     with (out / "curves.csv").open("w", newline="") as file:
         curves = csv.writer(file)
         curves.writerow(("row", "tag", "optimiser_step", "value"))
-        for run in lines:
-            for tag in TAGS:
-                curves.writerows((run.parent.name, tag, step, f"{value:.5g}") for step, value in curve(run, tag))
-    for run, line in lines.items():
-        shutil.copyfile(run / "weights" / "last.safetensors", out / "weights" / f"{run.parent.name}.safetensors")
-        if _of_middle_task(line) and line["method"] in ("crbp", "bptt"):
-            shutil.copyfile(run / "analysis" / "state_space.png", out / f"states_{line['method']}.png")
-    for name, figure in figures(lines).items():
+        for row in rows:
+            for tag, found in row.curves.items():
+                curves.writerows((row.line["row"], tag, step, f"{value:.5g}") for step, value in found)
+    for name, figure in figures(rows).items():
         figure.savefig(out / f"{name}.png", dpi=140)
-    print(f"{len(lines)} rows in {out}")
+    print(f"{len(rows)} rows in {out}")
 
 
-def figures(lines: Mapping[Path, Line]) -> dict[str, Figure]:
+def figures(rows: Sequence[Row]) -> dict[str, Figure]:
     """Accuracy by task, F1 beyond the steps trained for, and what happens in training."""
-    plain = {run: line for run, line in lines.items() if not line["variant"]}
-    recurrent = {run: line for run, line in plain.items() if line["cell"]}
-    drawn = {"accuracy": accuracy(plain.values())} if plain else {}
-    if any(line["variant"] in LATE for line in lines.values()):
-        drawn["late"] = late(lines)
+    plain = [row for row in rows if not row.line["variant"]]
+    recurrent = [row for row in plain if row.line["cell"]]
+    drawn = {"accuracy": accuracy(row.line for row in plain)} if plain else {}
+    if any(row.line["variant"] in LATE for row in rows):
+        drawn["late"] = late(rows)
     return drawn | ({"beyond": beyond(recurrent), "training": training(recurrent)} if recurrent else {})
 
 
@@ -190,55 +230,60 @@ def accuracy(lines: Iterable[Line]) -> Figure:
     return figure
 
 
-def beyond(lines: Mapping[Path, Line]) -> Figure:
+def beyond(rows: Sequence[Row]) -> Figure:
     """F1 after every step up to 4N, a panel for each task, an hGRU's curve for each method."""
-    tasks = [task for task in TASKS if any(line["task"] == task for line in lines.values())]
+    tasks = [task for task in TASKS if any(row.line["task"] == task for row in rows)]
     figure, panels = _panels(tasks or ["no task"])
-    for run, line in lines.items():
-        if line["task"] in panels and line["cell"] == "hgru" and line["seed"] == 0:
-            f1 = analysis(run)["f1"]
-            axes = panels[line["task"]]
-            axes.plot(np.arange(1, len(f1) + 1) / line["steps"], f1, color=COLOURS[line["method"]])
+    for row in rows:
+        if row.line["task"] in panels and row.line["cell"] == "hgru" and row.line["seed"] == 0:
+            axes = panels[row.line["task"]]
+            axes.plot(
+                np.arange(1, len(row.f1) + 1) / row.line["steps"],
+                row.f1,
+                color=COLOURS[row.line["method"]],
+                linewidth=1,
+            )
             axes.axvspan(0, 1, color="0.96", zorder=0)
     next(iter(panels.values())).set_ylabel("F1")
     for axes in panels.values():
         axes.set_xlabel("steps / steps trained for")
-    shown = {line["method"] for line in lines.values()}
+    shown = {row.line["method"] for row in rows}
     _legend(figure, {METHODS[method]: COLOURS[method] for method in METHODS if method in shown})
     return figure
 
 
-def training(lines: Mapping[Path, Line]) -> Figure:
+def training(rows: Sequence[Row]) -> Figure:
     """F1, penalty and spectral radius through training, of the hGRU's rows on the middle task."""
-    shown = {run: line for run, line in lines.items() if _of_middle_task(line)}
-    figure = _through_training({run: COLOURS[line["method"]] for run, line in shown.items()}, lines)
-    _legend(figure, {METHODS[line["method"]]: COLOURS[line["method"]] for line in shown.values()})
+    shown = [(row, COLOURS[row.line["method"]]) for row in rows if _of_middle_task(row)]
+    figure = _through_training(shown)
+    _legend(figure, {METHODS[row.line["method"]]: colour for row, colour in shown})
     return figure
 
 
-def late(lines: Mapping[Path, Line]) -> Figure:
+def late(rows: Sequence[Row]) -> Figure:
     """The same for C-RBP trained on for long, with what keeps it stable and without, every seed."""
-    shown = {run: line for run, line in lines.items() if line["variant"] in LATE}
     colours = dict(zip(LATE, ("#0072B2", "#009E73", "#E69F00", "#D55E00"), strict=True))
-    figure = _through_training({run: colours[line["variant"]] for run, line in shown.items()}, lines)
-    found = {line["variant"] for line in shown.values()}
+    shown = [(row, colours[row.line["variant"]]) for row in rows if row.line["variant"] in LATE]
+    figure = _through_training(shown)
+    found = {row.line["variant"] for row, _ in shown}
     _legend(figure, {LATE[name]: colours[name] for name in LATE if name in found})
     return figure
 
 
-def _of_middle_task(line: Line) -> bool:
+def _of_middle_task(row: Row) -> bool:
     middle = TASKS[len(TASKS) // 2]
+    line = row.line
     return (line["task"], line["cell"], line["variant"], line["seed"]) == (middle, "hgru", "", 0)
 
 
-def _through_training(colours: Mapping[Path, str], lines: Mapping[Path, Line]) -> Figure:
+def _through_training(shown: Iterable[tuple[Row, str]]) -> Figure:
     names = {"val/f1": "F1", "val/penalty": "penalty", "val/spectral_radius": "spectral radius"}
     figure, panels = _panels(list(names))
-    for run, colour in colours.items():
+    for row, colour in shown:
         for tag, axes in panels.items():
-            if found := curve(run, tag):
+            if found := row.curves.get(tag):
                 steps, values = np.array(found).T
-                axes.plot((steps + 1) * lines[run]["batch"], values, color=colour, linewidth=1)
+                axes.plot((steps + 1) * row.line["batch"], values, color=colour, linewidth=1)
     for tag, axes in panels.items():
         axes.set(title=names[tag], xlabel="images seen")
     panels["val/penalty"].set_yscale("symlog", linthresh=1e-9)
@@ -270,7 +315,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "pathfinder")
     options = parser.parse_args()
     runs = (options.runs.resolve() / label(*row) / "version_0" for row in wanted(CONFIGS, options))
-    write([run for run in runs if (run / "config.yaml").exists()], options.out)
+    keep(runs, options.out)
+    write(options.out)
 
 
 if __name__ == "__main__":

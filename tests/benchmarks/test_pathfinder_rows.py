@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -53,7 +54,8 @@ def test_a_row_is_trained_analysed_and_set_into_the_table(
     unfinished = tmp_path / "runs" / "other" / "version_0"
     unfinished.mkdir(parents=True)
     monkeypatch.setattr(results, "TASKS", ("mini",))
-    results.write([run, unfinished], tmp_path / "out")
+    results.keep([run, unfinished], tmp_path / "out")
+    results.write(tmp_path / "out")
     (line,) = csv.DictReader((tmp_path / "out" / "table.csv").read_text().splitlines())
     assert (line["row"], line["task"], line["images"], line["steps"]) == ("tiny_hgru_crbp_seed3", "mini", "32", "8")
     assert line["seed"] == "3"
@@ -66,3 +68,21 @@ def test_a_row_is_trained_analysed_and_set_into_the_table(
     assert sum(parameter.numel() for parameter in weights.parameters()) == int(line["parameters"])
     tags = {row["tag"] for row in csv.DictReader((tmp_path / "out" / "curves.csv").read_text().splitlines())}
     assert {"val/f1", "val/residual", "val/penalty"} <= tags
+
+
+def test_rows_trained_elsewhere_stay_in_the_table(results: Any, tmp_path: Path) -> None:
+    kept = Path(results.ROOT / "results" / "pathfinder" / "rows" / "small9_hgru_crbp.json").read_text()
+    (tmp_path / "rows").mkdir()
+    for seed in (0, 1):
+        (tmp_path / "rows" / f"seed{seed}.json").write_text(kept.replace('"seed":0', f'"seed":{seed}'))
+    results.keep([], tmp_path)
+    results.write(tmp_path)
+    lines = list(csv.DictReader((tmp_path / "table.csv").read_text().splitlines()))
+    assert [line["seed"] for line in lines] == ["0", "1"]
+    assert lines[0]["f1_at_n"] == f"{json.loads(kept)['line']['f1_at_n']:.4g}"
+
+
+def test_without_rows_there_is_no_table(results: Any, tmp_path: Path) -> None:
+    results.keep([], tmp_path)
+    with pytest.raises(SystemExit, match="no finished run was found"):
+        results.write(tmp_path)
