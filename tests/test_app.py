@@ -22,7 +22,7 @@ from PIL import Image
 import crbp
 from crbp.analysis import evidential_uncertainty, follow, reaction_time
 from crbp.app import images
-from crbp.app.compare import follow_one, load_recurrent, radii, radii_steps, shown
+from crbp.app.compare import Model, follow_one, load_recurrent, radii, radii_steps, shown
 from crbp.app.images import FRAMES, ImageError, drawn, made, uploaded
 from crbp.app.models import DEFAULTS, Models
 from crbp.cli import main
@@ -101,10 +101,9 @@ def test_a_drawing_is_dashes_with_a_disc_where_the_first_stroke_starts() -> None
 
 
 def test_a_drawn_contour_is_traced_by_a_shipped_model() -> None:
-    name = DEFAULTS[0]
-    model = load_recurrent(shipped()[name])
+    model = load_recurrent(shipped()[DEFAULTS[0]])
     picture = drawn(json.dumps([LINE, [[0.1, 0.8], [0.5, 0.75]]]), frame=FRAME)
-    found = follow_one(model, picture, steps=model.evolve.steps, name=name)
+    found = follow_one(model, picture, steps=model.net.evolve.steps)
     assert found.f1 is not None
     assert float(found.f1[-1]) > 0.8
 
@@ -194,7 +193,7 @@ def test_what_is_no_upload_is_told_by_its_name_with_the_remedy(tmp_path: Path) -
 def test_following_one_image_agrees_with_the_analysis_and_the_formula() -> None:
     model, picture = net(), made(**SETTINGS)
     assert picture.mask is not None
-    found = follow_one(model, picture, steps=5, name="a")
+    found = follow_one(Model(name="a", net=model, evidential=False), picture, steps=5)
     wanted = follow(model, picture.image, picture.mask, steps=5, shown=1)
     torch.testing.assert_close(found.probability, wanted.probability[:, 0])
     torch.testing.assert_close(found.residual, wanted.residual)
@@ -203,7 +202,6 @@ def test_following_one_image_agrees_with_the_analysis_and_the_formula() -> None:
         logits = model(picture.image, steps=5).logits
     torch.testing.assert_close(found.uncertainty[-1], evidential_uncertainty(logits)[0])
     torch.testing.assert_close(found.reaction_time, reaction_time(found.uncertainty))
-    assert found.trained == 3
 
 
 def test_radii_are_those_of_runs_of_so_many_steps() -> None:
@@ -222,7 +220,7 @@ def test_states_that_are_not_finite_have_no_radius_and_leave_gaps() -> None:
     with torch.no_grad():
         model.filters.bias.fill_(float("nan"))
     assert list(radii(model, picture.image, steps=[1, 2])) == []
-    told = shown(picture, [follow_one(model, picture, steps=3, name="a")], number=1)
+    told = shown(picture, [follow_one(Model(name="a", net=model, evidential=True), picture, steps=3)], number=1)
     json.dumps(told, allow_nan=False)
     assert told["models"][0]["residual"] == [None] * 3
 
@@ -234,10 +232,12 @@ def test_radii_are_looked_for_at_n_first_and_never_beyond_the_end() -> None:
 
 def test_the_page_is_given_every_frame() -> None:
     picture = made(**SETTINGS)
-    found = [follow_one(net(steps), picture, steps=8, name=f"<{steps}>") for steps in (2, 3)]
+    models = [Model(name=f"<{steps}>", net=net(steps), evidential=steps == 3) for steps in (2, 3)]
+    found = [follow_one(model, picture, steps=8) for model in models]
     told = shown(picture, found, number=7)
     assert (told["number"], told["steps"], told["width"], told["height"]) == (7, 8, 48, 48)
     assert [model["trained"] for model in told["models"]] == [2, 3]
+    assert [model["evidential"] for model in told["models"]] == [False, True]
     strip = pixels(told["models"][1]["probability"])
     assert strip.shape == (8 * 48, 48)
     wanted = (found[1].probability[4] * 255).round().numpy()
@@ -249,15 +249,28 @@ def test_the_page_is_given_every_frame() -> None:
 
 
 def test_a_model_of_ones_own_is_read_at_once_and_comes_first(tmp_path: Path) -> None:
-    file = tmp_path / "mine.safetensors"
+    file = tmp_path / "weights" / "best.safetensors"
+    file.parent.mkdir()
     file.write_bytes(shipped()[DEFAULTS[0]].read_bytes())
-    models = Models.with_files([file, file])
-    assert models.pair == ("mine", f"{tmp_path.name}/mine")
-    assert models.get("mine").evolve.steps == models.get(DEFAULTS[0]).evolve.steps
+    models = Models.with_files([("mine", file), ("", file)])
+    assert models.pair == ("mine", f"{DEFAULTS[0]} (2)")  # the weights say which run trained them
+    assert models.get("mine").net.evolve.steps == models.get(DEFAULTS[0]).net.evolve.steps
     assert models.get("mine") is models.get("mine")
+    assert models.get("mine").name == "mine"
     assert Models.with_files([]).pair == DEFAULTS
     with pytest.raises(CrbpError, match="'absent' is no model here; choose one of"):
         models.get("absent")
+
+
+@pytest.mark.parametrize("loss", ["focal", "evidential", None])
+def test_what_the_uncertainty_means_is_read_from_the_run(loss: str | None, tmp_path: Path) -> None:
+    settings = {} if loss is None else {"loss": loss}
+    described = {"class_path": "crbp.models.PathfinderNet", "init_args": {
+        "cell": {"class_path": "crbp.cells.HGRU", "init_args": {"channels": 4, "kernel_size": 3, "norm_scale": 1.0}},
+        "evolve": {"steps": 3}, "target_share": 0.4}}  # fmt: skip
+    run = {"model": {"class_path": "crbp.tasks.ContourTask", "init_args": settings}}
+    save_net(net().state_dict(), tmp_path / "a.safetensors", Origin(net=described, run=run, name="mine"))
+    assert load_recurrent(tmp_path / "a.safetensors").evidential == (loss == "evidential")
 
 
 def test_a_model_without_steps_is_refused(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Container
 from pathlib import Path
 
 from crbp.errors import CrbpError
@@ -29,6 +30,21 @@ def add_checkpoints(parser: argparse.ArgumentParser) -> None:
 def trusted(options: argparse.Namespace) -> tuple[str, ...]:
     """The packages whose classes a checkpoint may name."""
     return ("crbp", *options.trust)
+
+
+def named_file(given: Path) -> tuple[str, Path]:
+    """The name that ``NAME=…`` gives, empty where there is none, and the file of weights that is meant."""
+    name, _, rest = str(given).partition("=") if not given.exists() else ("", "", "")
+    return (name, checkpoint_file(Path(rest))) if rest else ("", checkpoint_file(given))
+
+
+def not_taken(wanted: str, taken: Container[str]) -> str:
+    """The name itself, or with the first number that tells it apart."""
+    name, count = wanted, 1
+    while name in taken:
+        count += 1
+        name = f"{wanted} ({count})"
+    return name
 
 
 def checkpoint_file(named: Path) -> Path:

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from crbp._checkpoint import add_checkpoints, checkpoint_file, trusted
+from crbp._checkpoint import add_checkpoints, named_file, not_taken, trusted
 from crbp._command import Parser, reserve
 from crbp._files import write_whole
 from crbp.analysis import figures
@@ -148,16 +148,11 @@ def _entries(options: argparse.Namespace, trust: Sequence[str]) -> dict[str, Ent
     if len(options.checkpoint) < 2:
         raise CrbpError(f"at least 2 networks are compared, not {len(options.checkpoint)}; crbp analyze looks at one")
     entries: dict[str, Entry] = {}
-    for named in map(str, options.checkpoint):
-        given, _, rest = named.partition("=") if not Path(named).exists() else ("", "", "")
-        file = checkpoint_file(Path(rest or named))
+    for named in options.checkpoint:
+        given, file = named_file(named)
         net, origin = load(file, trust=trust)
         task = task_of(trained_on(file, origin, trust=trust)[0]) if "data" in origin.run else ""
-        wanted = given if rest else origin.name or file.stem
-        name, count = wanted, 1
-        while name in entries:
-            count += 1
-            name = f"{wanted} ({count})"
+        name = not_taken(given or origin.name or file.stem, entries)
         penalty = penalty_of(file, origin, trust=trust)
         entries[name] = Entry(file=file, net=net, origin=origin, task=task, penalty=penalty)
     return entries

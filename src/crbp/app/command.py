@@ -8,7 +8,7 @@ import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from crbp._checkpoint import add_trust, checkpoint_file, trusted
+from crbp._checkpoint import add_trust, named_file, trusted
 from crbp._command import Parser
 from crbp.app.models import Models
 from crbp.errors import CrbpError
@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> None:
         CrbpError: if the options are wrong, a checkpoint cannot be had, or the port is taken.
     """
     options = _options(arguments)
-    models = Models.with_files(map(checkpoint_file, options.checkpoint), trust=trusted(options))
+    models = Models.with_files(map(named_file, options.checkpoint), trust=trusted(options))
     panoptic = _panoptic(options)
     _see_port(options.host, options.port)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
@@ -71,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="FILE",
-        help="contour-tracing models of your own to choose from, besides those that come with crbp",
+        help="contour-tracing models of your own, besides those that come with crbp; NAME=… says what to call one",
     )
     made.add_argument("--panoptic", type=Path, metavar="FILE", help="an R-FPN for the panoptic tab")
     made.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets others in (default: 127.0.0.1)")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,24 @@ from crbp.cells import HGRU
 from crbp.errors import CrbpError
 from crbp.models import PathfinderNet
 from crbp.ops import shared_spectra
-from crbp.tasks import load_net
+from crbp.tasks import load_trained
 
 POWER_STEPS = 40  # of the power iteration, at most; what has not converged by then is marked
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A contour-tracing model whose steps can be followed.
+
+    Attributes:
+        name: on the page.
+        net: itself.
+        evidential: whether it was trained with `crbp.losses.evidential_loss`, so that its uncertainty means something.
+    """
+
+    name: str
+    net: PathfinderNet
+    evidential: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,16 +50,14 @@ class Followed:
     """What a model did on one image over ``T`` steps.
 
     Attributes:
-        name: of the model.
-        trained: N, the steps it was trained for.
+        model: that it was.
         probability: of the target after step 1 … T, ``(T, H, W)``.
         uncertainty: evidential, ``(T, H, W)``; see `crbp.analysis.evidential_uncertainty`.
         residual: ``‖h_t − h_{t−1}‖ / ‖h_t‖``, ``(T,)``.
         f1: after step 1 … T, ``(T,)``; None where the target is not known.
     """
 
-    name: str
-    trained: int
+    model: Model
     probability: Tensor
     uncertainty: Tensor
     residual: Tensor
@@ -56,24 +69,28 @@ class Followed:
         return reaction_time(self.uncertainty)
 
 
-def load_recurrent(file: Path, *, trust: Sequence[str] = ("crbp",)) -> PathfinderNet:
-    """A contour-tracing model whose steps can be followed, as the app runs it.
+def load_recurrent(file: Path, *, trust: Sequence[str] = ("crbp",)) -> Model:
+    """A model as the app runs it, named after the run that trained it.
 
     Raises:
         CrbpError: if the file cannot be read or is of another kind of model.
     """
-    net = load_net(file, trust=trust)
+    net, origin = load_trained(file, trust=trust)
     if not isinstance(net, PathfinderNet):
         raise CrbpError(f"{file} is of a {type(net).__name__}, which has no steps to follow; give a recurrent model")
     for module in net.modules():
         if isinstance(module, HGRU):
             module.fused = False  # it would be compiled for every size of image
-    return net.requires_grad_(False)
+    task = origin.run.get("model")
+    settings = task.get("init_args") if isinstance(task, Mapping) else None
+    evidential = isinstance(settings, Mapping) and settings.get("loss") == "evidential"
+    return Model(name=origin.name or file.stem, net=net.requires_grad_(False), evidential=evidential)
 
 
 @torch.no_grad()
-def follow_one(net: PathfinderNet, picture: Picture, *, steps: int, name: str) -> Followed:
+def follow_one(model: Model, picture: Picture, *, steps: int) -> Followed:
     """Run a model for so many steps on one image and read it out after each."""
+    net = model.net
     logits, residual = [], []
     with shared_spectra():
         for before, state in states_of(net, picture.image, steps=steps):
@@ -81,8 +98,7 @@ def follow_one(net: PathfinderNet, picture: Picture, *, steps: int, name: str) -
             residual.append(relative_residual(flatten_state(before)[0], flatten_state(state)[0]))
     read = torch.stack(logits)
     return Followed(
-        name=name,
-        trained=net.evolve.steps,
+        model=model,
         probability=read.softmax(dim=1)[:, 1],
         uncertainty=evidential_uncertainty(read),
         residual=torch.stack(residual),
@@ -148,8 +164,9 @@ def shown(picture: Picture, found: Sequence[Followed], *, number: int) -> dict[s
         "reactionRange": slow,
         "models": [
             {
-                "name": each.name,
-                "trained": each.trained,
+                "name": each.model.name,
+                "trained": each.model.net.evolve.steps,
+                "evidential": each.model.evidential,
                 "probability": _png(_strip(each.probability, (0.0, 1.0))),
                 "uncertainty": _png(_strip(each.uncertainty, unsure)),
                 "reaction": _png(_bytes(_scaled(each.reaction_time, slow))),

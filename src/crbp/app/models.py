@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from safetensors import safe_open
 
-from crbp.app.compare import load_recurrent
+from crbp._checkpoint import not_taken
+from crbp.app.compare import Model, load_recurrent
 from crbp.errors import CrbpError
 from crbp.hub import shipped
 from crbp.models import PathfinderNet
@@ -28,24 +29,28 @@ class Models:
 
     files: Mapping[str, Path]
     trust: Sequence[str] = ("crbp",)
-    _read: dict[str, PathfinderNet] = field(default_factory=dict)
+    _read: dict[str, Model] = field(default_factory=dict)
 
     @classmethod
-    def with_files(cls, files: Iterable[Path], *, trust: Sequence[str] = ("crbp",)) -> Models:
+    def with_files(cls, files: Iterable[tuple[str, Path]], *, trust: Sequence[str] = ("crbp",)) -> Models:
         """The recurrent models that come with crbp, and these, which are read at once.
+
+        Args:
+            files: and what to call them; where that is empty, as the run that trained them.
+            trust: packages whose classes they may name.
 
         Raises:
             CrbpError: if one cannot be read or is of another kind of model.
         """
         found = {name: file for name, file in shipped().items() if _is_recurrent(file)}
         read = {}
-        for file in files:
-            net = load_recurrent(file, trust=trust)
-            name = next(name for name in _names(file) if name not in found)
-            found[name], read[name] = file, net
+        for given, file in files:
+            model = load_recurrent(file, trust=trust)
+            name = not_taken(given or model.name, found)
+            found[name], read[name] = file, replace(model, name=name)
         return cls(files=found, trust=trust, _read=read)
 
-    def get(self, name: str) -> PathfinderNet:
+    def get(self, name: str) -> Model:
         """The model of a name.
 
         Raises:
@@ -54,7 +59,7 @@ class Models:
         if name not in self.files:
             raise CrbpError(f"{name!r} is no model here; choose one of {', '.join(self.files)}")
         if name not in self._read:
-            self._read[name] = load_recurrent(self.files[name], trust=self.trust)
+            self._read[name] = replace(load_recurrent(self.files[name], trust=self.trust), name=name)
         return self._read[name]
 
     @property
@@ -63,14 +68,6 @@ class Models:
         own = [name for name in self._read if name not in DEFAULTS]
         first, second = [*own, *(name for name in DEFAULTS if name in self.files), *self.files][:2]
         return first, second
-
-
-def _names(file: Path) -> Iterable[str]:
-    """What to call a file: as little of its path as tells it apart."""
-    parts = file.with_suffix("").parts
-    for length in range(1, len(parts) + 1):
-        yield "/".join(parts[-length:])
-    yield from (f"{file.stem} ({number})" for number in range(2, 1000))
 
 
 def _is_recurrent(file: Path) -> bool:

@@ -185,12 +185,12 @@ class _Comparison:
     def __call__(self, picture: Picture, a: str, b: str, progress: gr.Progress) -> tuple[str, _Shown]:
         """The player of both models up to four times the larger number of steps that they were trained for."""
         names = (a, b)
-        nets = [self.models.get(name) for name in names]
-        steps = 4 * max(net.evolve.steps for net in nets)
+        models = [self.models.get(name) for name in names]
+        steps = 4 * max(model.net.evolve.steps for model in models)
         found = []
-        for place, (name, net) in enumerate(zip(names, nets, strict=True)):
-            progress((place + 1, 3), desc=f"{name}, {steps} steps")
-            found.append(follow_one(net, picture, steps=steps, name=name))
+        for place, model in enumerate(models):
+            progress((place + 1, 3), desc=f"{model.name}, {steps} steps")
+            found.append(follow_one(model, picture, steps=steps))
         number = next(_NUMBERS)
         text = _element("crbp-player", shown(picture, found, number=number))
         return text, _Shown(number=number, picture=picture, names=names, steps=steps)
@@ -202,7 +202,7 @@ class _Comparison:
         found: list[list[tuple[int, float, bool]]] = [[], []]
         runs = []
         for points, name in zip(found, of.names, strict=True):
-            net = self.models.get(name)
+            net = self.models.get(name).net
             wanted = radii_steps(net.evolve.steps, of.steps)
             runs.append((points, radii(net, of.picture.image, steps=wanted)))
         for one in itertools.zip_longest(*(_into(points, run) for points, run in runs)):

@@ -285,9 +285,12 @@
       const about = element("div", { class: "about" }, element("h3", {}, "Reaction time ξ"), scale);
       about.append(
         element("p", {}, `The area under ε of each pixel from step 1 to ${data.steps}: large where a model stays unsure for long.`),
-        element("p", { class: "note" }, "These models were not trained with an evidential loss, unless you trained yours with one: " +
-          "ε and ξ then read how large the logits are, and are no measure of doubt to compare with human reaction times."),
       );
+      const others = [...new Set(data.models.filter((model) => !model.evidential).map((model) => model.name))];
+      if (others.length) {
+        about.append(element("p", { class: "note" }, `${others.join(" and ")}: not trained with an evidential loss. ε and ξ then read ` +
+          "how large the logits are, and are no measure of doubt to compare with human reaction times."));
+      }
       row.append(about);
       return row;
     }
