@@ -278,7 +278,7 @@ def test_a_model_without_steps_is_refused(tmp_path: Path) -> None:
     described = {"class_path": "crbp.models.FeedForwardNet", "init_args": {"channels": 4, "kernel_size": 3}}
     save_net(FeedForwardNet(channels=4, kernel_size=3).state_dict(), file, Origin(net=described))
     with pytest.raises(CrbpError, match="FeedForwardNet, which has no steps to follow; give a recurrent model"):
-        Models.with_files([file])
+        Models.with_files([("", file)])
 
 
 def panoptic_weights(folder: Path) -> Path:
