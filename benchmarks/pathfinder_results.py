@@ -4,7 +4,7 @@
 
 Reads the runs of `pathfinder.py`; rows that are not finished are left out. What is known of each row is kept in
 ``rows/NAME.json`` and its weights beside that, so that rows may be trained on several machines, one after the other:
-table, curves and figures are those of all rows that are kept.
+table, curves, figures and the tables in ``README.md`` are those of all rows that are kept.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import re
 import shutil
 import statistics
 import warnings
@@ -45,11 +46,16 @@ COLOURS = dict(zip(METHODS, ("#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#CC79A
 LATE = {
     "long": "cured", "fixed": "cured, number of steps fixed", "plain": "penalty alone", "published": "as published",
 }  # fmt: skip
+VARIANTS = {
+    "k3": "3×3 kernels", "k5": "5×5 kernels", "k9": "9×9 kernels", "gmres": "solved by GMRES",
+    "evidential": "evidential loss",
+}  # fmt: skip
 COLUMNS = (
     "row", "task", "cell", "method", "variant", "kernel", "steps", "parameters", "images", "seconds", "saved_mib",
     "f1_at_n", "f1_at_4n", "f1_best", "f1_best_at", "residual_at_4n", "stable_share", "ks_statistic", "moved",
     "images_to_f1_0.9", "batch", "seed", "commit",
 )  # fmt: skip
+TABLE = re.compile(r"(<!-- table (rows|late|elsewhere) -->\n).*?(?=<!-- end -->)", re.DOTALL)
 TAGS = ("val/f1", "val/residual", "val/spectral_radius", "val/penalty")
 Line = dict[str, Any]
 Curve = list[tuple[int, float]]
@@ -195,7 +201,80 @@ def write(out: Path) -> None:
                 curves.writerows((row.line["row"], tag, step, f"{value:.5g}") for step, value in found)
     for name, figure in figures(rows).items():
         figure.savefig(out / f"{name}.png", dpi=140)
+    if (page := out / "README.md").exists():
+        page.write_text(with_tables(page.read_text(), rows))
     print(f"{len(rows)} rows in {out}")
+
+
+def with_tables(page: str, rows: Sequence[Row]) -> str:
+    """The page with its tables set anew, each between ``<!-- table NAME -->`` and ``<!-- end -->``."""
+    late = [row.line for row in rows if row.line["variant"] in LATE]
+    lines = [row.line for row in rows if row.line["variant"] not in LATE]
+    tables = {"rows": measures_of(lines), "late": measures_of(late, digits=4), "elsewhere": generalisation(lines)}
+    return TABLE.sub(lambda at: at[1] + tables[at[2]], page)
+
+
+def measures_of(lines: Iterable[Line], *, digits: int = 3) -> str:
+    """A table of what was measured, a line for each row, the values of its seeds side by side."""
+    head = (
+        "row",
+        "N",
+        "images to F1 .9",
+        "F1 at N",
+        "best F1",
+        "at step",
+        "F1 at 4N",
+        "residual at 4N",
+        "radius below 1",
+    )
+    body = []
+    for title, seeds in _by_title(lines).items():
+        cells = [
+            [f"{line['steps']}" for line in seeds[:1]],
+            [f"{line['images_to_f1_0.9'] or 'never'}" for line in seeds],
+            [_share(line["f1_at_n"], digits) for line in seeds],
+            [_share(line.get("f1_best", ""), digits) for line in seeds],
+            [f"{line.get('f1_best_at', '')}" for line in seeds],
+            [_share(line.get("f1_at_4n", ""), digits) for line in seeds],
+            [f"{line['residual_at_4n']:.1e}" if "residual_at_4n" in line else "" for line in seeds],
+            [f"{line['stable_share']:.0%}" if "stable_share" in line else "" for line in seeds],
+        ]
+        body.append([title, *(", ".join(cell) for cell in cells)])
+    return _markdown(head, body)
+
+
+def generalisation(lines: Iterable[Line]) -> str:
+    """A table of the best F1 on each task, a line for each row."""
+    body = []
+    for title, seeds in _by_title(lines).items():
+        best = [", ".join(_share(line[f"best_on_{task}"]) for line in seeds) for task in TASKS]
+        body.append([title, f"{seeds[0]['parameters']:,}", _memory(seeds[0]), *best])
+    shown = [f"best F1 on {task.removeprefix('small')} dashes" for task in TASKS]
+    return _markdown(("trained on", "parameters", "MiB an image", *shown), body)
+
+
+def _by_title(lines: Iterable[Line]) -> dict[str, list[Line]]:
+    """The seeds of each row, contours of fewer dashes first."""
+    found: dict[str, list[Line]] = {}
+    for line in sorted(lines, key=lambda line: (TASKS.index(line["task"]), line["cell"] != "hgru", line["row"])):
+        cell = "ConvLSTM, " if line["cell"] == "convlstm" else ""
+        variant = {**VARIANTS, **LATE}.get(line["variant"], line["variant"])
+        title = f"{line['task'].removeprefix('small')} dashes, {cell}{METHODS[line['method']]}"
+        found.setdefault(title + (f", {variant}" if variant else ""), []).append(line)
+    return found
+
+
+def _share(value: float | str, digits: int = 3) -> str:
+    return value if isinstance(value, str) else f"{value:.{digits}f}".removeprefix("0")
+
+
+def _memory(line: Line) -> str:
+    return f"{line['saved_mib']:.1f}" if line.get("saved_mib") else ""
+
+
+def _markdown(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *body]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
 def figures(rows: Sequence[Row]) -> dict[str, Figure]:

@@ -86,3 +86,23 @@ def test_without_rows_there_is_no_table(results: Any, tmp_path: Path) -> None:
     results.keep([], tmp_path)
     with pytest.raises(SystemExit, match="no finished run was found"):
         results.write(tmp_path)
+
+
+def test_the_page_shows_the_rows_that_are_kept(results: Any) -> None:
+    folder = results.ROOT / "results" / "pathfinder"
+    rows = [results.Row(**json.loads(file.read_text())) for file in sorted((folder / "rows").glob("*.json"))]
+    page = (folder / "README.md").read_text()
+    assert results.with_tables(page, rows) == page  # else run benchmarks/pathfinder_results.py
+    emptied = results.with_tables(page, rows[:1])
+    assert len(emptied) < len(page)
+    assert results.with_tables(emptied, rows) == page
+    names = {row.line["row"] for row in rows}
+    assert names == {line["row"] for line in csv.DictReader((folder / "table.csv").read_text().splitlines())}
+    assert names == {file.stem for file in (folder / "weights").glob("*.safetensors")}
+
+
+def test_seeds_stand_side_by_side(results: Any) -> None:
+    row = json.loads((results.ROOT / "results" / "pathfinder" / "rows" / "small9_hgru_crbp.json").read_text())["line"]
+    table = results.measures_of([row, {**row, "row": row["row"] + "_seed1", "seed": 1, "f1_at_n": 0.5}])
+    assert len(table.splitlines()) == 3
+    assert f"| {row['f1_at_n']:.3f}, .500 |".replace("| 0", "| ") in table
