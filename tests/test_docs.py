@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+import tomllib
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -31,3 +34,15 @@ def test_every_public_name_is_in_the_reference(name: str) -> None:
     written = re.findall(rf"^::: {re.escape(name)}\.(\w+)$", (PAGES / f"{MODULES[name]}.md").read_text(), re.MULTILINE)
     assert set(written) == public
     assert len(written) == len(public)
+
+
+def test_badges_state_what_is_so(load_script: Callable[[str], ModuleType]) -> None:
+    script = load_script("docs/_badges.py")
+    drawn = {file.name: file.read_text(encoding="utf-8") for file in script.FOLDER.glob("badge_*.svg")}
+    assert drawn == script.badges()  # else run docs/_badges.py
+    project = tomllib.loads((script.ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert project["tool"]["mypy"]["strict"] is True
+    named = [each.rpartition(" ")[2] for each in project["project"]["classifiers"] if "Python :: 3" in each]
+    assert script.stated()["tested with Python"] == " | ".join(named)
+    front = (script.ROOT / "README.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"docs/images/(badge_\w+\.svg)", front)) == set(drawn)
