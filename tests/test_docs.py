@@ -20,6 +20,7 @@ MODULES = {
     "crbp.data.pathfinder": "pathfinder",
     "crbp.data.panoptic": "panoptic",
     "crbp.tasks": "tasks",
+    "crbp.losses": "tasks",
     "crbp.metrics": "metrics",
     "crbp.analysis": "analysis",
     "crbp.export": "sharing",

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from crbp._checks import non_negative
 
+__all__ = ["constant_loss", "evidence", "evidential_loss", "focal_loss"]
+
 
 def focal_loss(logits: Tensor, mask: Tensor, gamma: float = 2.0) -> Tensor:
     """Two-class softmax focal loss, averaged over all pixels.
