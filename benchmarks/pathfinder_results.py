@@ -166,7 +166,10 @@ def keep(runs: Iterable[Path], out: Path) -> None:
         if not (run / "made.json").exists():
             continue
         name, row = run.parent.name, collect(run)
-        (out / "rows" / f"{name}.json").write_text(json.dumps(rounded(asdict(row)), separators=(",", ":")) + "\n")
+        kept = out / "rows" / f"{name}.json"
+        if kept.exists() and (before := json.loads(kept.read_text())["line"]["commit"]) != row.line["commit"]:
+            print(f"{name} of {row.line['commit']} takes the place of that of {before}")
+        kept.write_text(json.dumps(rounded(asdict(row)), separators=(",", ":")) + "\n")
         shutil.copyfile(run / "weights" / "last.safetensors", out / "weights" / f"{name}.safetensors")
         if _of_middle_task(row) and row.line["method"] in ("crbp", "bptt"):
             shutil.copyfile(run / "analysis" / "state_space.png", out / f"states_{row.line['method']}.png")
@@ -247,7 +250,7 @@ def generalisation(lines: Iterable[Line]) -> str:
     """A table of the best F1 on each task, a line for each row."""
     body = []
     for title, seeds in _by_title(lines).items():
-        best = [", ".join(_share(line[f"best_on_{task}"]) for line in seeds) for task in TASKS]
+        best = [", ".join(_share(line.get(f"best_on_{task}", "")) for line in seeds) for task in TASKS]
         body.append([title, f"{seeds[0]['parameters']:,}", _memory(seeds[0]), *best])
     shown = [f"best F1 on {task.removeprefix('small')} dashes" for task in TASKS]
     return _markdown(("trained on", "parameters", "MiB an image", *shown), body)
@@ -256,12 +259,17 @@ def generalisation(lines: Iterable[Line]) -> str:
 def _by_title(lines: Iterable[Line]) -> dict[str, list[Line]]:
     """The seeds of each row, contours of fewer dashes first."""
     found: dict[str, list[Line]] = {}
-    for line in sorted(lines, key=lambda line: (TASKS.index(line["task"]), line["cell"] != "hgru", line["row"])):
+    for line in sorted(lines, key=_place):
         cell = "ConvLSTM, " if line["cell"] == "convlstm" else ""
         variant = {**VARIANTS, **LATE}.get(line["variant"], line["variant"])
         title = f"{line['task'].removeprefix('small')} dashes, {cell}{METHODS[line['method']]}"
         found.setdefault(title + (f", {variant}" if variant else ""), []).append(line)
     return found
+
+
+def _place(line: Line) -> tuple[Any, ...]:
+    place = TASKS.index(line["task"]) if line["task"] in TASKS else len(TASKS)
+    return place, line["task"], line["cell"] != "hgru", line["row"].removesuffix(f"_seed{line['seed']}"), line["seed"]
 
 
 def _share(value: float | str, digits: int = 3) -> str:

@@ -28,6 +28,7 @@ from crbp.app.models import DEFAULTS, Models
 from crbp.cli import main
 from crbp.errors import CrbpError
 from crbp.hub import shipped
+from crbp.losses import expected_probability
 from crbp.models import FeedForwardNet, PathfinderNet
 from crbp.tasks import Origin, save_net
 
@@ -270,7 +271,18 @@ def test_what_the_uncertainty_means_is_read_from_the_run(loss: str | None, tmp_p
         "evolve": {"steps": 3}, "target_share": 0.4}}  # fmt: skip
     run = {"model": {"class_path": "crbp.tasks.ContourTask", "init_args": settings}}
     save_net(net().state_dict(), tmp_path / "a.safetensors", Origin(net=described, run=run, name="mine"))
-    assert load_recurrent(tmp_path / "a.safetensors").evidential == (loss == "evidential")
+    model = load_recurrent(tmp_path / "a.safetensors")
+    assert model.evidential == (loss == "evidential")
+    picture = made(**SETTINGS)
+    with torch.no_grad():
+        logits = model.net(picture.image, steps=2).logits
+    wanted = expected_probability(logits) if model.evidential else logits.softmax(dim=1)
+    torch.testing.assert_close(follow_one(model, picture, steps=2).probability[-1:], wanted[:, 1])
+
+
+def test_the_shipped_evidential_model_is_known_as_one() -> None:
+    assert load_recurrent(shipped()["small9_hgru_crbp_evidential"]).evidential
+    assert not load_recurrent(shipped()[DEFAULTS[0]]).evidential
 
 
 def test_a_model_without_steps_is_refused(tmp_path: Path) -> None:

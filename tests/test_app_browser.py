@@ -161,7 +161,7 @@ def test_radii_come_in_and_a_click_on_a_chart_goes_to_its_step(page: Page) -> No
     assert box is not None
     chart.click(position={"x": box["width"] - 2, "y": box["height"] / 2})
     assert player.get_by_text("t = 48 of 48").is_visible()
-    assert "not trained with an evidential loss" in player.inner_text()
+    assert "not known to be trained with an evidential loss" in player.inner_text()
     if "CRBP_SCREENSHOTS" in os.environ:  # a busy machine takes minutes for all of them
         page.wait_for_function("document.querySelectorAll('crbp-player .dot').length >= 13")
     go(page, 12)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import Dirichlet, kl_divergence
 
-from crbp.losses import evidential_loss, focal_loss
+from crbp.losses import evidential_loss, expected_probability, focal_loss
 
 
 def maps(scale: float = 3.0) -> tuple[Tensor, Tensor]:
@@ -78,6 +78,15 @@ def test_evidential_loss_is_the_one_of_dirichlet_distributions(kl_weight: float)
     kept = Dirichlet(truth + (1 - truth) * alpha)
     wanted = risk + kl_weight * kl_divergence(kept, Dirichlet(torch.ones_like(alpha)))
     torch.testing.assert_close(evidential_loss(logits, mask, kl_weight), wanted.mean())
+
+
+def test_expected_probability_is_what_the_evidential_loss_is_of() -> None:
+    logits, mask = maps(30.0)
+    probability = expected_probability(logits).movedim(1, -1)
+    torch.testing.assert_close(probability.sum(-1), torch.ones_like(probability[..., 0]))
+    right = probability.gather(-1, mask.long()[..., None])
+    torch.testing.assert_close(evidential_loss(logits, mask, 0.0), -right.log().mean())
+    assert torch.equal(probability.argmax(-1), logits.argmax(1))
 
 
 def test_evidential_gradient() -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from crbp._checks import non_negative
 
-__all__ = ["constant_loss", "evidence", "evidential_loss", "focal_loss"]
+__all__ = ["constant_loss", "evidence", "evidential_loss", "expected_probability", "focal_loss"]
 
 
 def focal_loss(logits: Tensor, mask: Tensor, gamma: float = 2.0) -> Tensor:
@@ -54,13 +54,26 @@ def evidence(logits: Tensor) -> Tensor:
     return (wide / 10).clamp(-10, 10).exp()
 
 
+def expected_probability(logits: Tensor, *, dim: int = 1) -> Tensor:
+    """Probability of each class that a network trained with `evidential_loss` expects: ``α_k / Σ_j α_j``.
+
+    It is a good deal flatter than the softmax of the logits, and of the same order.
+
+    Args:
+        logits: with the classes along ``dim``.
+        dim: of the classes.
+    """
+    alpha = evidence(logits) + 1
+    return alpha / alpha.sum(dim=dim, keepdim=True)
+
+
 def evidential_loss(logits: Tensor, mask: Tensor, kl_weight: float = 0.1) -> Tensor:
     """Two-class evidential loss, averaged over all pixels.
 
     ``L = mean[log Σ_k α_k − log α_true + λ · KL(Beta(1, α_wrong) ‖ Beta(1, 1))]`` with ``α`` as `evidence` has it and
     ``KL = log α_wrong + 1 / α_wrong − 1``. The first part is the negative logarithm of the expected probability of a
     pixel's true class; the second takes back evidence for the wrong one, so that a pixel of which nothing is known has
-    little evidence at all, and not much for both.
+    little evidence at all, and not much for both. Logits beyond ±100, where the evidence is clipped, have no gradient.
 
     Args:
         logits: ``(B, 2, H, W)``, background and target.
@@ -73,8 +86,9 @@ def evidential_loss(logits: Tensor, mask: Tensor, kl_weight: float = 0.1) -> Ten
     Raises:
         ValueError: if the shapes do not fit, the mask is not bool, or λ is out of range.
 
-    Source: Sensoy et al., Evidential deep learning to quantify classification uncertainty, NeurIPS 2018, equations 3
-    and 5, with the evidence of Goetschalckx et al., NeurIPS 2023, arXiv 2306.11582.
+    Source: Sensoy et al., Evidential deep learning to quantify classification uncertainty, NeurIPS 2018, equation 3
+    and the Kullback-Leibler term of its section 4, with the evidence of Goetschalckx et al., NeurIPS 2023, arXiv
+    2306.11582.
     """
     non_negative("kl_weight", kl_weight)
     check_maps(logits, mask)

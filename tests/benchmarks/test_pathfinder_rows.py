@@ -103,6 +103,9 @@ def test_the_page_shows_the_rows_that_are_kept(results: Any) -> None:
 
 def test_seeds_stand_side_by_side(results: Any) -> None:
     row = json.loads((results.ROOT / "results" / "pathfinder" / "rows" / "small9_hgru_crbp.json").read_text())["line"]
-    table = results.measures_of([row, {**row, "row": row["row"] + "_seed1", "seed": 1, "f1_at_n": 0.5}])
-    assert len(table.splitlines()) == 3
-    assert f"| {row['f1_at_n']:.3f}, .500 |".replace("| 0", "| ") in table
+    name = row["row"]
+    others = [{**row, "row": f"{name}_seed{seed}", "seed": seed, "f1_at_n": seed / 100} for seed in (10, 2)]
+    other_task = {**row, "row": "mini_hgru_crbp", "task": "mini"}
+    table = results.measures_of([other_task, *others, row])
+    assert len(table.splitlines()) == 4
+    assert f"| {row['f1_at_n']:.3f}, .020, .100 |".replace("| 0", "| ") in table

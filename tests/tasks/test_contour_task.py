@@ -9,7 +9,7 @@ import torch
 from tiny_contours import LEAF_SPEC, tiny_data, tiny_net, tiny_task, trainer
 
 import crbp
-from crbp.losses import evidential_loss, focal_loss
+from crbp.losses import evidential_loss, expected_probability, focal_loss
 from crbp.models import FeedForwardNet
 from crbp.tasks import ContourTask, FrobeniusPenalty, LipschitzPenalty, PredictionWriter
 
@@ -66,6 +66,21 @@ def test_feedforward_logs_nothing_of_a_run(tmp_path: Path) -> None:
     fit.fit(ContourTask(FeedForwardNet(4, 3, depth=2)), tiny_data())
     assert not [name for name in fit.callback_metrics if "residual" in name or "penalty" in name or "radius" in name]
     assert "val/f1" in fit.callback_metrics
+
+
+def test_predictions_of_an_evidential_task_are_the_probabilities_that_its_loss_is_of() -> None:
+    task, given = tiny_task(loss="evidential", predict_steps=True), batch()
+    with torch.no_grad():
+        logits = task.net(given["image"]).logits
+        found = task.predict_step(given, 0)
+    torch.testing.assert_close(found["probability"], expected_probability(logits)[:, 1])
+    torch.testing.assert_close(found["steps"][:, -1], found["probability"])
+
+
+def test_an_annealed_weight_needs_an_end_of_training(tmp_path: Path) -> None:
+    task = ContourTask(tiny_net(crbp.BPTT()), loss="evidential", schedule="constant", warmup=0.0)
+    with pytest.raises(crbp.SettingsError, match="kl_weight=0"):
+        trainer(tmp_path, max_epochs=-1).fit(task, tiny_data())
 
 
 def test_weight_against_wrong_evidence_rises_through_training(tmp_path: Path) -> None:

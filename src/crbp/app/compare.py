@@ -23,6 +23,7 @@ from crbp.analysis.trajectory import states_of
 from crbp.app.images import Picture
 from crbp.cells import HGRU
 from crbp.errors import CrbpError
+from crbp.losses import expected_probability
 from crbp.models import PathfinderNet
 from crbp.ops import shared_spectra
 from crbp.tasks import load_trained
@@ -37,7 +38,8 @@ class Model:
     Attributes:
         name: on the page.
         net: itself.
-        evidential: whether it was trained with `crbp.losses.evidential_loss`, so that its uncertainty means something.
+        evidential: whether it is known to be trained with `crbp.losses.evidential_loss`: its uncertainty then means
+            something, and its probabilities are those that this loss is of.
     """
 
     name: str
@@ -99,7 +101,7 @@ def follow_one(model: Model, picture: Picture, *, steps: int) -> Followed:
     read = torch.stack(logits)
     return Followed(
         model=model,
-        probability=read.softmax(dim=1)[:, 1],
+        probability=(expected_probability(read) if model.evidential else read.softmax(dim=1))[:, 1],
         uncertainty=evidential_uncertainty(read),
         residual=torch.stack(residual),
         f1=None if picture.mask is None else _f1(read.argmax(dim=1).bool(), picture.mask),

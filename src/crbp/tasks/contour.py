@@ -14,7 +14,7 @@ from torchmetrics import MeanMetric, MetricCollection
 
 import crbp
 from crbp._checks import choice, count, non_negative, share
-from crbp.losses import constant_loss, evidential_loss, focal_loss
+from crbp.losses import constant_loss, evidential_loss, expected_probability, focal_loss
 from crbp.metrics import contour_metrics
 from crbp.models import Prediction
 from crbp.tasks._backward import log_backward
@@ -65,7 +65,8 @@ class ContourTask(ResumableModule):
             `crbp.BPTT`.
         loss: of the readout: ``"focal"``, or ``"evidential"``, which teaches the network to say how sure it is.
         gamma: of `crbp.losses.focal_loss`; None for 2.
-        kl_weight: of `crbp.losses.evidential_loss` at the end of training, towards which it rises from 0; None for 0.1.
+        kl_weight: of `crbp.losses.evidential_loss` at the end of training, towards which it rises from 0, and in all
+            of validation and test; None for 0.1.
         learning_rate: peak of the schedule.
         weight_decay: of Adam, added to the gradient.
         beta2: of Adam, in [0, 1): how long it remembers squared gradients; 0.99 suits runs of a thousand steps.
@@ -159,15 +160,14 @@ class ContourTask(ResumableModule):
 
     def forward(self, image: Tensor) -> Tensor:
         """Probability ``(B, H, W)`` of each pixel of the images ``(B, 1, H, W)`` to lie on the marked contour."""
-        return _probability(self.net(image).logits)
+        return self._probability(self.net(image).logits)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of a batch."""
         prediction: Prediction = self.net(batch["image"], **self._asked_of_net())
         loss = pixels = self._of_steps(prediction, batch["mask"])
         values: dict[str, Tensor | float] = {f"train/{self.loss}": pixels}
-        # The evidential loss has no less than the cross-entropy of the same probabilities.
-        self.progress = pixels.detach(), constant_loss(batch["mask"], self.gamma if self.loss == "focal" else 0.0)
+        self.progress = self._progress(prediction, batch["mask"], pixels.detach())
         if self.penalty is not None:
             assert prediction.run is not None  # checked when the task was made
             values["train/penalty"] = penalty = self.penalty(prediction.run)
@@ -218,8 +218,8 @@ class ContourTask(ResumableModule):
             return {"probability": self(batch["image"])}
         prediction: Prediction = self.net(batch["image"], every_step=True)
         assert prediction.steps is not None
-        steps = torch.stack([_probability(logits) for logits in prediction.steps], dim=1)
-        return {"probability": _probability(prediction.logits), "steps": steps}
+        steps = torch.stack([self._probability(logits) for logits in prediction.steps], dim=1)
+        return {"probability": self._probability(prediction.logits), "steps": steps}
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Adam, and a factor on its rate for every step."""
@@ -227,11 +227,13 @@ class ContourTask(ResumableModule):
             self.parameters(), lr=self.learning_rate, betas=(0.9, self.beta2), weight_decay=self.weight_decay
         )
         total = self.trainer.estimated_stepping_batches
-        scheduled = self.schedule == "cosine" or self.warmup or self.penalty_ramp or self.step_jitter
+        annealed = self.loss == "evidential" and self.kl_weight
+        scheduled = self.schedule == "cosine" or self.warmup or self.penalty_ramp or self.step_jitter or annealed
         if scheduled and not (math.isfinite(total) and total > 0):
             raise crbp.SettingsError(
                 "a schedule needs to know the number of steps; set trainer.max_epochs or trainer.max_steps, or choose "
-                "schedule='constant' with warmup=0, penalty_ramp=0 and step_jitter=0"
+                "schedule='constant' with warmup=0, penalty_ramp=0 and step_jitter=0, and kl_weight=0 if the loss is "
+                "evidential"
             )
         rising = round(self.warmup * total) if self.warmup else 0
 
@@ -257,6 +259,10 @@ class ContourTask(ResumableModule):
         assert isinstance(evolve, crbp.Evolve)  # checked when the task was made
         return evolve
 
+    def _probability(self, logits: Tensor) -> Tensor:
+        probability = expected_probability(logits) if self.loss == "evidential" else logits.float().softmax(dim=1)
+        return probability[:, 1]
+
     def _ramp(self) -> float:
         """What the weights of penalty and residual are multiplied by at this step."""
         if not self.penalty_ramp:
@@ -269,6 +275,12 @@ class ContourTask(ResumableModule):
         if (steps := prediction.steps) is None:
             return self._of_pixels(prediction.logits, mask, annealed=True)
         return self._of_pixels(steps.flatten(0, 1), mask.expand(len(steps), *mask.shape).flatten(0, 1), annealed=True)
+
+    def _progress(self, prediction: Prediction, mask: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss, and that of the best constant answer; of the evidential one the part that is a cross-entropy."""
+        if self.loss == "focal":
+            return pixels, constant_loss(mask, self.gamma)
+        return evidential_loss(prediction.logits.detach(), mask, 0.0), constant_loss(mask, 0.0)
 
     def _of_pixels(self, logits: Tensor, mask: Tensor, *, annealed: bool = False) -> Tensor:
         if self.loss == "focal":
@@ -312,10 +324,6 @@ class ContourTask(ResumableModule):
         worst: dict[str, Any] = {"on_epoch": True, "sync_dist": True, "batch_size": 1}
         self.log(f"{stage}/spectral_radius", found.radius, reduce_fx="max", **worst)
         self.log(f"{stage}/spectral_radius_converged", found.converged.float(), reduce_fx="min", **worst)
-
-
-def _probability(logits: Tensor) -> Tensor:
-    return logits.float().softmax(dim=1)[:, 1]
 
 
 def _is_recurrent(net: nn.Module) -> bool:

@@ -288,7 +288,7 @@
       );
       const others = [...new Set(data.models.filter((model) => !model.evidential).map((model) => model.name))];
       if (others.length) {
-        about.append(element("p", { class: "note" }, `${others.join(" and ")}: not trained with an evidential loss. ε and ξ then read ` +
+        about.append(element("p", { class: "note" }, `${others.join(" and ")}: not known to be trained with an evidential loss. ε and ξ then read ` +
           "how large the logits are, and are no measure of doubt to compare with human reaction times."));
       }
       row.append(about);
