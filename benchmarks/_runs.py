@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -94,3 +95,12 @@ def wanted(configs: Path, options: argparse.Namespace) -> list[tuple[str, int]]:
     """Names and seeds of the rows that are meant."""
     names = dict.fromkeys(name for pattern in options.patterns for name in rows(configs, pattern))
     return [(name, seed) for seed in options.seeds for name in names]
+
+
+def rounded(value: Any) -> Any:
+    """The same with five digits of every number."""
+    if isinstance(value, dict):
+        return {key: rounded(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(each) for each in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value

@@ -10,12 +10,12 @@ import json
 from pathlib import Path
 
 import torch
-from _runs import ROOT
+from _runs import ROOT, rounded
 from torch import Tensor
 
 from crbp.analysis import evidential_uncertainty, reaction_time
 from crbp.analysis.inputs import unfused
-from crbp.analysis.trajectory import states_of
+from crbp.analysis.trajectory import arrival_steps, states_of
 from crbp.bench.measure import environment
 from crbp.hub import shipped
 from crbp.models import PathfinderNet
@@ -28,17 +28,16 @@ STEPS = 48
 
 @torch.no_grad()
 def measure(net: PathfinderNet, image: Tensor, mask: Tensor) -> dict[str, float]:
-    """Mean uncertainty of right and of wrong pixels at the end, and how ξ goes with when a pixel was first traced."""
+    """Mean uncertainty of right and of wrong pixels at the end, and how ξ goes with when a pixel is traced."""
     logits = torch.stack([net.read(state) for _, state in states_of(unfused(net), image, steps=STEPS)])
-    uncertainty, traced = evidential_uncertainty(logits, dim=2), logits.argmax(dim=2).bool()
-    wrong, reached = traced[-1] != mask, mask & traced.any(dim=0)
-    first = traced.float().argmax(dim=0)[reached] + 1.0
-    together = torch.corrcoef(torch.stack([first, reaction_time(uncertainty)[reached]]))
+    uncertainty, arrived = evidential_uncertainty(logits, dim=2), arrival_steps(logits.softmax(dim=2)[:, :, 1])
+    wrong, reached = (arrived > 0) != mask, mask & (arrived > 0)
+    together = torch.corrcoef(torch.stack([arrived[reached].float(), reaction_time(uncertainty)[reached]]))
     return {
         "uncertainty_where_right": float(uncertainty[-1][~wrong].mean()),
         "uncertainty_where_wrong": float(uncertainty[-1][wrong].mean()),
         "wrong_pixels": int(wrong.sum()),
-        "correlation_of_reaction_time_with_first_step": float(together[0, 1]),
+        "correlation_of_reaction_time_with_arrival": float(together[0, 1]),
     }
 
 
@@ -54,7 +53,7 @@ def main() -> None:
     for name in NETS:
         net = load_net(shipped()[name])
         assert isinstance(net, PathfinderNet)
-        found[name] = {key: float(f"{value:.4g}") for key, value in measure(net, image, mask).items()}
+        found[name] = rounded(measure(net, image, mask))
     made = {**environment(), "images": options.images, "seed": 0, "steps": STEPS}
     options.out.write_text(json.dumps({**made, "networks": found}, indent=2) + "\n")
     print(json.dumps(found, indent=2))

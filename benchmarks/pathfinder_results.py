@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from _runs import ROOT, add_rows, label, wanted
+from _runs import ROOT, add_rows, label, rounded, wanted
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -173,15 +173,6 @@ def keep(runs: Iterable[Path], out: Path) -> None:
         shutil.copyfile(run / "weights" / "last.safetensors", out / "weights" / f"{name}.safetensors")
         if _of_middle_task(row) and row.line["method"] in ("crbp", "bptt"):
             shutil.copyfile(run / "analysis" / "state_space.png", out / f"states_{row.line['method']}.png")
-
-
-def rounded(value: Any) -> Any:
-    """The same with five digits of every number."""
-    if isinstance(value, dict):
-        return {key: rounded(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [rounded(each) for each in value]
-    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def write(out: Path) -> None:

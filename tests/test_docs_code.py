@@ -165,22 +165,27 @@ def test_fences_are_closed() -> None:
 
 @pytest.mark.parametrize("page", WITH_PYTHON)
 def test_python_runs(page: str, folder: Path) -> None:
-    run_page(page, slow=False)
+    assert run_page(page, slow=False) == len([each for each in wanted(page) if not each.slow])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [name for name in WITH_PYTHON if any(each.slow for each in BLOCKS[name])])
 @pytest.mark.filterwarnings("default")  # of the libraries that export
 def test_python_that_takes_longer_runs(page: str, folder: Path, hub: None) -> None:
-    run_page(page, slow=True)
+    assert run_page(page, slow=True) == len(wanted(page))
 
 
-def run_page(page: str, *, slow: bool) -> None:
-    """Run the Python blocks of a page in order, in one namespace, and compare what they print."""
+def wanted(page: str) -> list[Block]:
+    """The Python blocks of a page that are to be run."""
+    return [each for each in BLOCKS[page] if each.kind == "python" and not each.title and each.word != "skip"]
+
+
+def run_page(page: str, *, slow: bool) -> int:
+    """Run the Python blocks of a page in order, in one namespace, and compare what they print; how many were run."""
     namespace: dict[str, Any] = {"__name__": "__main__"}
     if page == "README.md":
         exec(textwrap.dedent(README_PRELUDE), namespace)
-    printed = ""
+    printed, ran = "", 0
     for block in BLOCKS[page]:
         if block.title:
             Path(block.title).write_text(block.code, encoding="utf-8")
@@ -189,9 +194,10 @@ def run_page(page: str, *, slow: bool) -> None:
                 exec(compile(textwrap.dedent(block.rest), f"{block.name} prelude", "exec"), namespace)
             with redirect_stdout(io.StringIO()) as out:
                 exec(compile("\n" * block.line + block.code, str(ROOT / page), "exec"), namespace)
-            printed = out.getvalue()
+            printed, ran = out.getvalue(), ran + 1
         elif block.kind == "text" and block.follows:
             compare(block, printed)
+    return ran
 
 
 def compare(block: Block, printed: str) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import gradio as gr
 
@@ -20,6 +20,9 @@ from crbp.errors import CrbpError
 
 if TYPE_CHECKING:
     from crbp.app.panoptic import Panoptic
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 STATIC = Path(__file__).parent / "static"
 _FONT = ["system-ui", "sans-serif"]  # nothing is fetched from elsewhere
@@ -99,37 +102,22 @@ def _contours(blocks: gr.Blocks, models: Models) -> None:
     wire = _Wiring(pair=pair, player=player, radii=late, state=state, find=compare.radii)
     names = ("frame", "length", "distractors", "distractor_length", "straightness", "seed")
 
-    @_told
-    def from_settings(*values: Any, progress: gr.Progress = gr.Progress()) -> tuple[str, _Shown]:  # noqa: B008
-        return compare(made(**dict(zip(names, values[:-2], strict=True))), values[-2], values[-1], progress)
+    def starting(picture: Callable[..., Picture]) -> Callable[..., tuple[str, _Shown]]:
+        @_told
+        def start(*values: Any, progress: gr.Progress = gr.Progress()) -> tuple[str, _Shown]:  # noqa: B008
+            *given, left, right = values
+            return compare(picture(*given), left, right, progress)
 
-    @_told
-    def from_drawing(
-        strokes: str,
-        frame: str,
-        a: str,
-        b: str,
-        progress: gr.Progress = gr.Progress(),  # noqa: B008
-    ) -> tuple[str, _Shown]:
-        return compare(drawn(strokes, frame=frame), a, b, progress)
+        return start
 
-    @_told
-    def from_file(
-        file: str | None,
-        size: int,
-        a: str,
-        b: str,
-        progress: gr.Progress = gr.Progress(),  # noqa: B008
-    ) -> tuple[str, _Shown]:
-        return compare(uploaded(file, size=size), a, b, progress)
-
+    from_settings = starting(lambda *given: made(**dict(zip(names, given, strict=True))))
     next_seed = other.click(lambda seed: int(seed or 0) + 1, settings[-1], settings[-1], show_progress="hidden")
     wire(blocks.load, from_settings, settings)
     wire(make.click, from_settings, settings)
     wire(next_seed.then, from_settings, settings)
     pad = "(strokes, ...rest) => [document.querySelector('crbp-pad').json, ...rest]"
-    wire(draw.click, from_drawing, [drawing, frame], js=pad)
-    wire(upload.click, from_file, [file, size])
+    wire(draw.click, starting(lambda strokes, frame: drawn(strokes, frame=frame)), [drawing, frame], js=pad)
+    wire(upload.click, starting(lambda file, size: uploaded(file, size=size)), [file, size])
     pressed = [make.click, other.click, draw.click, upload.click]
     gr.on(pressed, None, cancels=wire.late)  # the power iterations of the comparison before
 
@@ -246,11 +234,11 @@ def _element(tag: str, data: Any) -> str:
     return f'<{tag} data-show="{html.escape(json.dumps(data, allow_nan=False))}"></{tag}>'
 
 
-def _told(run: Callable[..., Any]) -> Callable[..., Any]:
+def _told(run: Callable[P, T]) -> Callable[P, T]:
     """A mistake of the user's becomes a message on the page."""
 
     @wraps(run)
-    def telling(*values: Any, **named: Any) -> Any:
+    def telling(*values: P.args, **named: P.kwargs) -> T:
         try:
             return run(*values, **named)
         except CrbpError as error:

@@ -14,22 +14,19 @@ from torchmetrics import MeanMetric, MetricCollection
 
 import crbp
 from crbp._checks import choice, count, non_negative, share
-from crbp.losses import constant_loss, evidential_loss, expected_probability, focal_loss
 from crbp.metrics import contour_metrics
 from crbp.models import Prediction
 from crbp.tasks._backward import log_backward
+from crbp.tasks._readout import Loss, readout
 from crbp.tasks._resume import ResumableModule
 from crbp.tasks.penalties import Penalty
 
 Supervision = Literal["last", "all"]
 Schedule = Literal["cosine", "constant"]
-Loss = Literal["focal", "evidential"]
 Stage = Literal["val", "test"]
 Batch = dict[str, Tensor]
 
 RAMP = 0.8  # share of the training over which a penalty's weight rises
-GAMMA = 2.0  # of the focal loss
-KL_WEIGHT = 0.1  # of the evidential loss
 
 
 class ContourTask(ResumableModule):
@@ -105,14 +102,7 @@ class ContourTask(ResumableModule):
         super().__init__()
         choice("supervision", supervision, get_args(Supervision))
         choice("schedule", schedule, get_args(Schedule))
-        choice("loss", loss, get_args(Loss))
-        for name, value, owner in (("gamma", gamma, "focal"), ("kl_weight", kl_weight, "evidential")):
-            if value is not None and owner != loss:
-                raise ValueError(f"{name}={value!r} is of the {owner} loss; leave it out with loss={loss!r}")
-        self.gamma = GAMMA if gamma is None else gamma
-        self.kl_weight = KL_WEIGHT if kl_weight is None else kl_weight
-        non_negative("gamma", self.gamma)
-        non_negative("kl_weight", self.kl_weight)
+        self.readout = readout(loss, gamma, kl_weight)
         non_negative("weight_decay", weight_decay)
         share("warmup", warmup)
         share("beta2", beta2)
@@ -160,14 +150,14 @@ class ContourTask(ResumableModule):
 
     def forward(self, image: Tensor) -> Tensor:
         """Probability ``(B, H, W)`` of each pixel of the images ``(B, 1, H, W)`` to lie on the marked contour."""
-        return self._probability(self.net(image).logits)
+        return self.readout.probability(self.net(image).logits)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of a batch."""
         prediction: Prediction = self.net(batch["image"], **self._asked_of_net())
         loss = pixels = self._of_steps(prediction, batch["mask"])
         values: dict[str, Tensor | float] = {f"train/{self.loss}": pixels}
-        self.progress = self._progress(prediction, batch["mask"], pixels.detach())
+        self.progress = self.readout.progress(prediction.logits.detach(), batch["mask"])
         if self.penalty is not None:
             assert prediction.run is not None  # checked when the task was made
             values["train/penalty"] = penalty = self.penalty(prediction.run)
@@ -218,8 +208,8 @@ class ContourTask(ResumableModule):
             return {"probability": self(batch["image"])}
         prediction: Prediction = self.net(batch["image"], every_step=True)
         assert prediction.steps is not None
-        steps = torch.stack([self._probability(logits) for logits in prediction.steps], dim=1)
-        return {"probability": self._probability(prediction.logits), "steps": steps}
+        steps = torch.stack([self.readout.probability(logits) for logits in prediction.steps], dim=1)
+        return {"probability": self.readout.probability(prediction.logits), "steps": steps}
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Adam, and a factor on its rate for every step."""
@@ -227,18 +217,18 @@ class ContourTask(ResumableModule):
             self.parameters(), lr=self.learning_rate, betas=(0.9, self.beta2), weight_decay=self.weight_decay
         )
         total = self.trainer.estimated_stepping_batches
-        annealed = self.loss == "evidential" and self.kl_weight
-        scheduled = self.schedule == "cosine" or self.warmup or self.penalty_ramp or self.step_jitter or annealed
+        rising = self.warmup or self.penalty_ramp or self.step_jitter or self.readout.annealed
+        scheduled = self.schedule == "cosine" or rising
         if scheduled and not (math.isfinite(total) and total > 0):
             raise crbp.SettingsError(
                 "a schedule needs to know the number of steps; set trainer.max_epochs or trainer.max_steps, or choose "
                 "schedule='constant' with warmup=0, penalty_ramp=0 and step_jitter=0, and kl_weight=0 if the loss is "
                 "evidential"
             )
-        rising = round(self.warmup * total) if self.warmup else 0
+        warm = round(self.warmup * total) if self.warmup else 0
 
         def factor(step: int) -> float:
-            rise = min(1.0, (step + 1) / (rising + 1))
+            rise = min(1.0, (step + 1) / (warm + 1))
             fall = (1 + math.cos(math.pi * min(step / total, 1.0))) / 2 if self.schedule == "cosine" else 1.0
             return rise * fall
 
@@ -249,8 +239,7 @@ class ContourTask(ResumableModule):
         """What a recurrent net is told beside the images of a batch; a feed-forward one takes nothing else."""
         asked: dict[str, Any] = {"every_step": True} if self.supervision == "all" else {}
         if self.step_jitter:
-            done = self.trainer.global_step / self.trainer.estimated_stepping_batches
-            reach = round(self.step_jitter * done)
+            reach = round(self.step_jitter * self._done())
             asked["steps"] = self._evolve().steps + max(0, int(torch.randint(-reach, reach + 1, ())))
         return asked
 
@@ -259,40 +248,28 @@ class ContourTask(ResumableModule):
         assert isinstance(evolve, crbp.Evolve)  # checked when the task was made
         return evolve
 
-    def _probability(self, logits: Tensor) -> Tensor:
-        probability = expected_probability(logits) if self.loss == "evidential" else logits.float().softmax(dim=1)
-        return probability[:, 1]
-
     def _ramp(self) -> float:
         """What the weights of penalty and residual are multiplied by at this step."""
         if not self.penalty_ramp:
             return 1.0
-        done = self.trainer.global_step / self.trainer.estimated_stepping_batches
-        return float(100 ** min(done / self.penalty_ramp - 1.0, 0.0))
+        return float(100 ** min(self._done() / self.penalty_ramp - 1.0, 0.0))
 
     def _of_steps(self, prediction: Prediction, mask: Tensor) -> Tensor:
         """The loss of the readout in training: of the last step, or of all."""
+        done = self._done() if self.readout.annealed else 0.0
         if (steps := prediction.steps) is None:
-            return self._of_pixels(prediction.logits, mask, annealed=True)
-        return self._of_pixels(steps.flatten(0, 1), mask.expand(len(steps), *mask.shape).flatten(0, 1), annealed=True)
+            return self.readout.cost(prediction.logits, mask, done)
+        return self.readout.cost(steps.flatten(0, 1), mask.expand(len(steps), *mask.shape).flatten(0, 1), done)
 
-    def _progress(self, prediction: Prediction, mask: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss, and that of the best constant answer; of the evidential one the part that is a cross-entropy."""
-        if self.loss == "focal":
-            return pixels, constant_loss(mask, self.gamma)
-        return evidential_loss(prediction.logits.detach(), mask, 0.0), constant_loss(mask, 0.0)
-
-    def _of_pixels(self, logits: Tensor, mask: Tensor, *, annealed: bool = False) -> Tensor:
-        if self.loss == "focal":
-            return focal_loss(logits, mask, self.gamma)
-        done = self.trainer.global_step / self.trainer.estimated_stepping_batches if annealed else 1.0
-        return evidential_loss(logits, mask, self.kl_weight * done)
+    def _done(self) -> float:
+        """Share of the training."""
+        return self.trainer.global_step / self.trainer.estimated_stepping_batches
 
     def _evaluate(self, stage: Stage, batch: Batch, batch_idx: int) -> None:
         image, mask = batch["image"], batch["mask"]
         prediction: Prediction = self.net(image)
         (self.val_metrics if stage == "val" else self.test_metrics).update(prediction.logits, mask)
-        found = {"loss": self._of_pixels(prediction.logits, mask)}
+        found = {"loss": self.readout.cost(prediction.logits, mask, 1.0)}
         if (run := prediction.run) is not None:
             found["residual"] = torch.tensor(run.report.residual, device=self.device)
             # Random numbers of its own: those that training draws do not depend on how often it is validated.
