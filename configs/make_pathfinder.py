@@ -47,7 +47,7 @@ PUBLISHED = {  # F1 on validation: peak / last where both are known
 SMALL_STEPS = {
     5: 8,
     9: 12,
-    14: 24,
+    14: 32,
 }  # N of the methods that need a steady state, by length of contour; the others take 6
 SMALL_LEAD_IN = {5: {3: 1_280}, 9: {3: 1_280, 6: 2_560}, 14: {3: 1_280, 6: 2_560, 10: 2_560}}  # dashes: images
 SMALL_SIZE = {5: 8_000, 9: 12_800, 14: 16_000}  # images seen in training
