@@ -1,4 +1,4 @@
-"""When convolution by FFT beats the direct one: the times behind `crbp.ops.prefers_fft`, and how often it is right.
+"""Which way to convolve is the fastest: the times behind `crbp.ops.preferred_method`, and how often it is right.
 
     python benchmarks/convolution.py [FILE.json]
 
@@ -45,11 +45,13 @@ def measure() -> list[dict[str, Any]]:
         weight = nn.Parameter(torch.randn(channels, channels, kernel, kernel))
         with torch.no_grad(), ops.shared_spectra():
             case = {"kernel": kernel, "channels": channels, "side": side, "batch": batch}
+            methods = ("direct", "fft", "winograd") if kernel == 3 else ("direct", "fft")
             seconds = {
                 method: least(lambda: ops.conv2d(image, weight, method=method))  # noqa: B023
-                for method in ("direct", "fft")
+                for method in methods
             }
-        cases.append({**case, **seconds, "chosen": "fft" if ops.prefers_fft(image, weight) else "direct"})
+        chosen = ops.preferred_method(image, weight)
+        cases.append({**case, **seconds, "chosen": chosen, "loss": seconds[chosen] / min(seconds.values())})
     return cases
 
 
@@ -59,7 +61,7 @@ def main() -> None:
     torch.manual_seed(0)
     ops.keep_freed_memory()
     cases = measure()
-    lost = [case[case["chosen"]] / min(case["direct"], case["fft"]) for case in cases]
+    lost = [case["loss"] for case in cases]
     print(f"{len(cases)} cases; the rule takes the faster one in {sum(loss == 1 for loss in lost) / len(cases):.0%}, ")
     print(f"and loses {sum(lost) / len(cases) - 1:.1%} on average, at most a factor of {max(lost):.2f}")
     if len(sys.argv) > 1:

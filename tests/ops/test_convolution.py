@@ -140,7 +140,7 @@ def test_inference_tensors_and_transforms_are_taken() -> None:
         layer = ops.Conv2d(2, 2, 5, method="fft")
         crbp.Evolve(steps=2)(lambda h: torch.tanh(layer(h)), torch.ones(1, 2, 8, 8))
     large, images = ops.Conv2d(8, 8, 15), torch.randn(3, 2, 8, 64, 64)
-    assert ops.prefers_fft(images[0], large.weight)
+    assert ops.preferred_method(images[0], large.weight) == "fft"
     torch.testing.assert_close(torch.func.vmap(large)(images)[1], large(images[1]), rtol=1e-4, atol=1e-4)
     assert large(images[0, :0]).shape == (0, 8, 64, 64)
 
@@ -160,19 +160,19 @@ def test_a_product_for_the_state_alone_leaves_the_kernel_out(monkeypatch: pytest
 def test_the_choice_follows_kernel_dtype_and_surroundings() -> None:
     large, small = torch.randn(25, 25, 15, 15), torch.randn(25, 25, 1, 1)
     image = torch.randn(2, 25, 150, 150)
-    assert ops.prefers_fft(image, large)
-    assert not ops.prefers_fft(image, small)
-    assert not ops.prefers_fft(image[:1, :, :8, :8], large[..., 6:9, 6:9])
-    assert not ops.prefers_fft(image.bfloat16(), large)
+    assert ops.preferred_method(image, large) == "fft"
+    assert ops.preferred_method(image, small) == "direct"
+    assert ops.preferred_method(image[:1, :, :8, :8], large[..., 6:9, 6:9]) == "direct"
+    assert ops.preferred_method(image.bfloat16(), large) == "direct"
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not ops.prefers_fft(image, large)
+        assert ops.preferred_method(image, large) == "direct"
 
 
 @pytest.mark.parametrize(
     ("image", "weight", "settings", "message"),
     [
         (torch.randn(1, 2, 8, 8), torch.randn(2, 2, 4, 4), {}, "odd sides"),
-        (torch.randn(1, 2, 8, 8), torch.randn(2, 2, 3, 3), {"method": "winograd"}, "winograd"),
+        (torch.randn(1, 2, 8, 8), torch.randn(2, 2, 3, 3), {"method": "wavelet"}, "wavelet"),
         (torch.randn(1, 2, 8, 8), torch.randn(2, 2, 3, 3).double(), {"method": "fft"}, "one dtype and device"),
         (torch.randn(1, 2, 8, 8), torch.randn(2, 2, 3, 3, device="meta"), {"method": "fft"}, "one dtype and device"),
         (torch.randn(1, 2, 8, 8), torch.randn(2, 3, 3, 3), {"method": "fft"}, "images of 2 channels"),

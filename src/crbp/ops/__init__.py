@@ -1,6 +1,6 @@
 """Fast operations behind plain functions: convolution by FFT, fused element-wise functions."""
 
-from crbp.ops.convolution import Conv2d, conv2d, prefers_fft, shared_spectra
+from crbp.ops.convolution import Conv2d, conv2d, preferred_method, shared_spectra
 from crbp.ops.fused import Fused, repeated_products, softplus
 from crbp.ops.memory import keep_freed_memory
 
@@ -9,7 +9,7 @@ __all__ = [
     "Fused",
     "conv2d",
     "keep_freed_memory",
-    "prefers_fft",
+    "preferred_method",
     "repeated_products",
     "shared_spectra",
     "softplus",

@@ -1,4 +1,4 @@
-"""`spectral.cpp`, compiled on this machine when it is first wanted."""
+"""`spectral.cpp` and `winograd.cpp`, compiled on this machine when they are first wanted."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import warnings
 from functools import cache
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("spectral.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("spectral.cpp", "winograd.cpp"))
+HEADERS = (Path(__file__).with_name("lanes.h"),)
 
 
 def library() -> ctypes.CDLL:
@@ -31,14 +32,14 @@ def found() -> ctypes.CDLL | None:
         library = ctypes.CDLL(str(build()))
     except (OSError, subprocess.SubprocessError) as error:
         warnings.warn(
-            f"convolutions by FFT use PyTorch's own operations, which is slower, because the native ones cannot be "
+            f"convolutions use PyTorch's own operations, which is slower, because the native ones cannot be "
             f"compiled ({reason(error)}); a C++ compiler named c++ or by the variable CXX is needed",
             RuntimeWarning,
             stacklevel=2,
         )
         return None
     library.vector_bytes.restype = ctypes.c_int64
-    for name in ("apply", "cross"):
+    for name in ("apply", "cross", "winograd"):
         for dtype in ("float32", "float64"):
             getattr(library, f"{name}_scratch_{dtype}").restype = ctypes.c_int64
     return library
@@ -88,13 +89,14 @@ def _compiled(command: list[str]) -> Path:
     # What the compiler predefines tells its version and the instructions of this processor, which share a home on a
     # cluster with others.
     defined = _run([*command, "-dM", "-E", "-x", "c++", os.devnull])
-    key = hashlib.sha256("\n".join((*command, defined, SOURCE.read_text(encoding="utf-8"))).encode()).hexdigest()[:16]
+    sources = (file.read_text(encoding="utf-8") for file in (*SOURCES, *HEADERS))
+    key = hashlib.sha256("\n".join((*command, defined, *sources)).encode()).hexdigest()[:16]
     folder = _cache()
-    library = folder / f"spectral-{key}.so"
+    library = folder / f"convolution-{key}.so"
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             new = Path(scratch) / library.name
-            _run([*command, "-shared", "-fPIC", str(SOURCE), "-o", str(new)])
+            _run([*command, "-shared", "-fPIC", *map(str, SOURCES), "-o", str(new)])
             new.replace(library)
     return library
 

@@ -1,4 +1,4 @@
-"""Convolutions that keep the image size: direct, or by FFT with the kernel's spectrum shared over a whole run."""
+"""Convolutions that keep the image size: direct, by FFT with the kernel's spectrum shared over a run, or Winograd's."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crbp._checks import choice, count
+from crbp.ops import winograd
 from crbp.ops._native import found
 from crbp.ops.spectral import LANES, Adjoint, Frame, Sides, correlate, frame_for, native_suits, spectrum
 
-Method = Literal["auto", "direct", "fft"]
+Method = Literal["auto", "direct", "fft", "winograd"]
 
 
 def conv2d(image: Tensor, weight: Tensor, bias: Tensor | None = None, *, method: Method = "auto") -> Tensor:
@@ -25,29 +26,44 @@ def conv2d(image: Tensor, weight: Tensor, bias: Tensor | None = None, *, method:
 
     ``y[b, o, i, j] = Σ w[o, c, u, v] x[b, c, i + u − k/2, j + v − k/2]``, as `torch.nn.functional.conv2d` with
     ``padding="same"``. By FFT it is a Fourier transform, one matrix product for each frequency, and the transform
-    back: the cost hardly depends on the kernel's size. It can be differentiated any number of times, but not batched
-    by ``vmap``. Inside `shared_spectra`, which `crbp.Evolve` opens for each run, a kernel is transformed once. By
-    native code two images, or two parts of one, are transformed together: rounding errors are relative to the larger
-    values of the two, and what is not finite spreads over both.
+    back: the cost hardly depends on the kernel's size. Inside `shared_spectra`, which `crbp.Evolve` opens for each
+    run, a kernel is transformed once. By native code two images, or two parts of one, are transformed together:
+    rounding errors are relative to the larger values of the two, and what is not finite spreads over both. Winograd's
+    method takes a quarter of the products of the direct sum with 3×3 kernels. Both can be differentiated any number of
+    times, but not batched by ``vmap``.
 
     Args:
         image: ``(B, C, H, W)``.
         weight: ``(O, C, k, k)``, odd sides.
         bias: ``(O,)``, added to each channel.
-        method: ``"direct"``, ``"fft"`` (float32 or float64), or ``"auto"``: whichever `prefers_fft` expects to be
-            faster.
+        method: ``"direct"``, ``"fft"`` (float32 or float64), ``"winograd"`` (the same, 3×3 kernels on a CPU with a C++
+            compiler), or ``"auto"``: the one that `preferred_method` expects to be the fastest.
 
     Returns:
         ``(B, O, H, W)``.
 
     Raises:
-        ValueError: for an even kernel, an unknown method, or images of a shape or dtype that the FFT is not for.
+        ValueError: for an even kernel, an unknown method, or images or kernels that the method is not for.
     """
     choice("method", method, get_args(Method))
     if weight.shape[-1] % 2 == 0 or weight.shape[-2] % 2 == 0:
         raise ValueError(f"a kernel must have odd sides to keep the image size, not {tuple(weight.shape[-2:])}")
-    if method == "direct" or (method == "auto" and not prefers_fft(image, weight)):
+    if method == "auto":
+        method = preferred_method(image, weight)
+    if method == "direct":
         return F.conv2d(image, weight, bias, padding="same")
+    _check(image, weight, method)
+    if method == "winograd":
+        result = winograd.correlate(image, weight)
+    else:
+        frame = next(frame for _, frame in _frames(image, weight) if not frame.native or found() is not None)
+        transformed, adjoint = _spectrum_of(weight, frame)
+        result = correlate(image, transformed, frame, weight.shape[0], adjoint)
+    return result if bias is None else result + bias[:, None, None]
+
+
+def _check(image: Tensor, weight: Tensor, method: Method) -> None:
+    """Raise ValueError for what a method other than the direct one is not for."""
     if image.ndim != 4:
         raise ValueError(f"images must have shape (B, C, H, W), not {tuple(image.shape)}")
     if (image.dtype, image.device) != (weight.dtype, weight.device):
@@ -60,13 +76,18 @@ def conv2d(image: Tensor, weight: Tensor, bias: Tensor | None = None, *, method:
             f"a kernel of shape {tuple(weight.shape)} cannot take images of {image.shape[1]} channels to others"
         )
     if image.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"there is no FFT for images of {image.dtype}; choose method='direct' or float32")
+        raise ValueError(f"method={method!r} is not for images of {image.dtype}; choose method='direct' or float32")
     if image.numel() == 0 and image.shape[0] != 0:
         raise ValueError(f"images of shape {tuple(image.shape)} have no pixel")
-    frame = next(frame for _, frame in _frames(image, weight) if not frame.native or found() is not None)
-    transformed, adjoint = _spectrum_of(weight, frame)
-    result = correlate(image, transformed, frame, weight.shape[0], adjoint)
-    return result if bias is None else result + bias[:, None, None]
+    if method != "winograd":
+        return
+    if tuple(weight.shape[2:]) != winograd.KERNEL or image.device.type != "cpu":
+        raise ValueError(
+            f"method='winograd' is for 3×3 kernels on a CPU, not {tuple(weight.shape[2:])} on {image.device}; choose "
+            "method='fft' or 'direct'"
+        )
+    if found() is None:
+        raise ValueError("method='winograd' needs a C++ compiler; choose method='direct'")
 
 
 def _frames(image: Tensor, weight: Tensor) -> tuple[tuple[float, Frame], ...]:
@@ -87,27 +108,35 @@ def _ranked(
     return tuple(sorted(costs, key=lambda pair: pair[0]))
 
 
-def prefers_fft(image: Tensor, weight: Tensor) -> bool:
-    """Whether the FFT is expected to be faster: a rule fitted to times on a CPU; `benchmarks/convolution.py` has them.
+def preferred_method(image: Tensor, weight: Tensor) -> Literal["direct", "fft", "winograd"]:
+    """The method expected to be the fastest: a rule fitted to times on a CPU, which `benchmarks/convolution.py` judges.
 
     Elsewhere, in lower precision, under autocast, inside `torch.compile` and under the transforms of `torch.func` and
-    forward differentiation the direct method is taken.
+    forward differentiation it is the direct one.
     """
     if image.ndim != 4 or image.numel() == 0 or weight.numel() == 0:
-        return False
+        return "direct"
     if image.device.type != "cpu" or image.dtype not in (torch.float32, torch.float64):
-        return False
+        return "direct"
     if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
-        return False
+        return "direct"
     if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
-        return False
-    outputs, inputs, high, broad = weight.shape
-    pixels = image.shape[0] * image.shape[2] * image.shape[3]
+        return "direct"
+    (images, _, height, width), (outputs, inputs, high, broad) = image.shape, weight.shape
+    threads = torch.get_num_threads()
     # Outputs are computed by whole vectors; numbers of channels that fill none take longer.
-    direct = pixels * (high * broad * inputs * (-(-outputs // LANES) * LANES) + COPY * (inputs + outputs))
-    direct *= (1.0 if inputs % LANES == outputs % LANES == 0 else 1.4) / torch.get_num_threads()
-    # It is compiled where it is worth it.
-    return any(cost < direct and (not frame.native or found() is not None) for cost, frame in _frames(image, weight))
+    direct = (
+        images * height * width * (high * broad * inputs * (-(-outputs // LANES) * LANES) + COPY * (inputs + outputs))
+    )
+    direct *= (1.0 if inputs % LANES == outputs % LANES == 0 else 1.4) / threads
+    by_fft = ((cost, frame.native) for cost, frame in _frames(image, weight))
+    others: list[tuple[float, bool, Literal["fft", "winograd"]]] = [(cost, native, "fft") for cost, native in by_fft]
+    if winograd.suits(image.device, weight):
+        others.append((winograd.cost(images, height, width, inputs, outputs, threads), True, "winograd"))
+    for cost, native, method in sorted(others):
+        if cost < direct and (not native or found() is not None):  # it is compiled where it is worth it
+            return method
+    return "direct"
 
 
 # What reading or writing a pixel takes, in multiply-adds of the direct method; fitted as `Frame.cost` is.

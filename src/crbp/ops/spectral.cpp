@@ -7,32 +7,12 @@
 //
 // A spectrum of C × O kernels is [column][row][re, im][c][o], columns up to the half; o is padded to whole vectors.
 
+#include "lanes.h"
+
 #include <algorithm>
-#include <cstdint>
 #include <cstring>
-#include <type_traits>
-#include <utility>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 namespace {
-
-#if defined(__AVX512F__)
-constexpr int BYTES = 64;
-#else
-constexpr int BYTES = 32;
-#endif
-
-template <class T> struct Types {
-    static constexpr int64_t W = BYTES / sizeof(T);
-    typedef T V __attribute__((vector_size(BYTES)));
-    typedef T Unaligned __attribute__((vector_size(BYTES), aligned(sizeof(T)), may_alias));
-};
-
-#define TYPES(T)                    \
-    typedef typename Types<T>::V V; \
-    constexpr int64_t W = Types<T>::W
 
 // What a call is about, in the order in which it comes from Python.
 struct Sizes {
@@ -58,19 +38,6 @@ struct Sizes {
 
 // ---- Vectors of channels ---------------------------------------------------------------------------------------------
 
-// Every second lane from either vector, from lane FIRST of them on.
-template <class T, int FIRST, int... K>
-typename Types<T>::V merge(typename Types<T>::V x, typename Types<T>::V y, std::integer_sequence<int, K...>) {
-    TYPES(T);
-#ifdef __clang__
-    return __builtin_shufflevector(x, y, (FIRST + K / 2 + K % 2 * W)...);
-#else
-    typedef std::conditional_t<sizeof(T) == 4, int32_t, int64_t> I;
-    typedef I Index __attribute__((vector_size(BYTES)));
-    return __builtin_shuffle(x, y, Index{(FIRST + K / 2 + K % 2 * W)...});
-#endif
-}
-
 // W vectors, of which each becomes the lane of W others: log2(W) rounds of merging the first half with the second.
 template <class T> void transpose(typename Types<T>::V* x) {
     TYPES(T);
@@ -83,14 +50,6 @@ template <class T> void transpose(typename Types<T>::V* x) {
         }
         std::copy(y, y + W, x);
     }
-}
-
-template <class T> typename Types<T>::V load(const T* from) {
-    return *reinterpret_cast<const typename Types<T>::Unaligned*>(from);
-}
-
-template <class T> void store(typename Types<T>::V value, T* to) {
-    *reinterpret_cast<typename Types<T>::Unaligned*>(to) = value;
 }
 
 // Some pixels of a row, of up to W channels that are `area` apart, each to one vector; `write` takes place and vector.
@@ -373,18 +332,6 @@ void multiply(const typename Types<T>::V* const* x, const T* real, const T* imag
     }
     for (int m = 0; m < 2 * P; ++m)
         for (int n = 0; n < N; ++n) y[m][n * block] = re[m][n], y[m][n * block + 1] = im[m][n];
-}
-
-int thread() {
-#ifdef _OPENMP
-    return omp_get_thread_num();
-#else
-    return 0;
-#endif
-}
-
-template <class T> typename Types<T>::V* aligned(T* scratch) {
-    return reinterpret_cast<typename Types<T>::V*>((reinterpret_cast<uintptr_t>(scratch) + BYTES - 1) / BYTES * BYTES);
 }
 
 // Planes of a panel, at most: in `apply` two share what is read of the spectrum and lie in a core's cache, in `cross` the

@@ -1,0 +1,111 @@
+"""Cross-correlation of images with 3×3 kernels by Winograd's method F(4×4, 3×3), natively on a CPU.
+
+A tile of 4×4 pixels is computed from 6×6 with 36 products a pair of channels, where the direct sum takes 144:
+``Y = Aᵀ [(G w Gᵀ) ⊙ (Bᵀ x B)] A``, summed over inputs. It can be differentiated any number of times.
+
+Source: Lavin and Gray, Fast algorithms for convolutional neural networks, CVPR 2016.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.grad import conv2d_weight
+
+from crbp.ops import _native
+from crbp.ops._engine import wanted
+
+KERNEL = (3, 3)
+POINTS = 36  # of a tile
+
+# In multiply-adds of the direct method, fitted as `Frame.cost` is: a call, a multiply-add, and the transforms of a tile
+# of one channel.
+CALL, PRODUCT, TILE = 2e6, 1.4, 1000.0
+
+
+def suits(device: torch.device, weight: Tensor) -> bool:
+    """Whether `winograd.cpp` is meant for this: 3×3 kernels on a CPU, for up to 4 096 pairs of channels."""
+    # Above this, what has become of the kernels leaves the nearest cache.
+    outputs, inputs = weight.shape[:2]
+    return device.type == "cpu" and tuple(weight.shape[2:]) == KERNEL and inputs * outputs <= 64 * 64
+
+
+def cost(images: int, height: int, width: int, inputs: int, outputs: int, threads: int) -> float:
+    """Of a convolution, in multiply-adds of the direct method on one thread, by fits to what it takes."""
+    tiles = images * -(-height // 4) * -(-width // 4)
+    return CALL + tiles * (POINTS * PRODUCT * inputs * outputs + TILE * (inputs + outputs)) / threads
+
+
+def correlate(image: Tensor, weight: Tensor) -> Tensor:
+    """``(B, C, H, W)`` and ``(O, C, 3, 3)`` to ``(B, O, H, W)``, zeros around the images."""
+    result: Tensor = _Winograd.apply(image, weight)
+    return result
+
+
+class _Winograd(torch.autograd.Function):
+    @staticmethod
+    def forward(image: Tensor, weight: Tensor) -> Tensor:
+        found: Tensor = _correlate(image, _transformed(weight))
+        return found
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        image, weight = ctx.saved_tensors
+        for_image, for_weight = wanted(ctx, 2)
+        return (
+            _Winograd.apply(gradient, weight.flip(2, 3).transpose(0, 1)) if for_image else None,
+            _crossed(image, gradient, weight.shape) if for_weight else None,
+        )
+
+
+def _crossed(image: Tensor, gradient: Tensor, shape: torch.Size) -> Tensor:
+    """The derivative by the kernel, which is a correlation of the two over all places."""
+    found: Tensor = conv2d_weight(image, shape, gradient, padding=1)  # type: ignore[no-untyped-call]
+    return found
+
+
+def _transformed(weight: Tensor) -> Tensor:
+    """``G w Gᵀ`` of every kernel, ``(36, O, C)``."""
+    outputs, inputs = weight.shape[:2]
+    with torch.autocast(weight.device.type, enabled=False):
+        return (_both(weight.dtype) @ weight.reshape(outputs * inputs, 9).mT).view(POINTS, outputs, inputs)
+
+
+@lru_cache
+def _both(dtype: torch.dtype) -> Tensor:
+    """``G ⊗ G``, for the points 0, ±1, ±2 and infinity, ``(36, 9)``."""
+    rows = [[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]]
+    points = torch.tensor(rows, dtype=torch.float64, device="cpu") / 24
+    return torch.kron(points, points).to(dtype)
+
+
+@torch.library.custom_op("crbp::winograd", mutates_args=(), device_types="cpu")
+def _correlate(image: Tensor, kernels: Tensor) -> Tensor:
+    images, inputs, height, width = image.shape
+    outputs, dtype = kernels.shape[1], image.dtype
+    if kernels.dtype != dtype:
+        raise TypeError(f"image and kernel must have one dtype, not {dtype} and {kernels.dtype}")
+    result = image.new_empty(images, outputs, height, width)
+    if result.numel() == 0:
+        return result
+    native, suffix = _native.library(), str(dtype).removeprefix("torch.")
+    tiles = images * -(-height // 4) * -(-width // 4)
+    threads = max(1, min(torch.get_num_threads(), tiles // 16))
+    given = (ctypes.c_int64 * 5)(images, inputs, outputs, height, width)
+    scratch = torch.empty(threads * getattr(native, f"winograd_scratch_{suffix}")(given), dtype=dtype, device="cpu")
+    tensors = image.contiguous(), kernels.contiguous(), result, scratch
+    getattr(native, f"winograd_{suffix}")(*(ctypes.c_void_p(each.data_ptr()) for each in tensors), given, threads)
+    return result
+
+
+@_correlate.register_fake
+def _empty_result(image: Tensor, kernels: Tensor) -> Tensor:
+    return image.new_empty(image.shape[0], kernels.shape[1], *image.shape[2:])
