@@ -24,7 +24,7 @@ POINTS = 36  # of a tile
 
 # In multiply-adds of the direct method, fitted as `Frame.cost` is: a call, a multiply-add, and the transforms of a tile
 # of one channel.
-CALL, PRODUCT, TILE = 2e6, 1.4, 1000.0
+CALL, PRODUCT, TILE = 1e7, 1.4, 1000.0
 
 
 def suits(device: torch.device, weight: Tensor) -> bool:
