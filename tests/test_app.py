@@ -185,7 +185,8 @@ def test_what_is_no_upload_is_told_by_its_name_with_the_remedy(tmp_path: Path) -
         (broken, 48, "^broken.png: the image cannot be read; choose a PNG"),
         (tmp_path / "absent.png", 48, "^absent.png: the image cannot be read"),
         (narrow, 48, "narrow.png is 300 × 4 pixels, too narrow"),
-        (whole, 1000, "size=1000 is outside 32 to 160"),
+        (whole, "48", "size='48' is not a whole number"),
+        (whole, 1000, "size=1000 is not a whole number of 32 to 160"),
     ):
         with pytest.raises(ImageError, match=message):
             uploaded(file, size=size)

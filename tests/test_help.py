@@ -75,7 +75,7 @@ def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["generate", "shapes", "--o"], {"--out", "--objects"}),
         (["completion", "z"], {"zsh"}),
     ],
-    ids=" ".join,
+    ids=lambda value: " ".join(sorted(value) if isinstance(value, set) else value),
 )
 def test_bash_completes_commands_options_and_files(
     typed: list[str], wanted: set[str], script: Path, tmp_path: Path

@@ -5,6 +5,7 @@ import torch
 
 import crbp
 from crbp.analysis import follow, late_radius, memory_curve, penalty_curve
+from crbp.losses import expected_probability
 from crbp.models import PathfinderNet
 
 
@@ -54,6 +55,30 @@ def test_late_radii_are_those_of_the_state_after_so_many_steps(monkeypatch):
         wanted = crbp.spectral_radius(run, per_sample=True, generator=torch.Generator().manual_seed(2))
         torch.testing.assert_close(radius[part], wanted.radius)
         assert converged[part].tolist() == wanted.converged.tolist()
+
+
+@pytest.mark.parametrize("spoilt", [[1], [0, 3, 4], [0, 1, 2, 3, 4]])
+def test_an_image_whose_state_is_not_finite_has_the_radius_inf_and_leaves_the_others_alone(monkeypatch, spoilt):
+    monkeypatch.setattr("crbp.analysis.trajectory.BATCH", 3)
+    net, (image, _) = _net(), _images()
+    image[spoilt] = torch.nan
+    radius, converged = late_radius(net, image, steps=4)
+    assert radius.isinf().tolist() == [k in spoilt for k in range(5)]
+    assert not converged[spoilt].any()
+    for batch in (range(3), range(3, 5)):
+        if others := [k for k in batch if k not in spoilt]:
+            wanted = late_radius(net, image[others], steps=4)
+            torch.testing.assert_close((radius[others], converged[others]), wanted)
+
+
+def test_an_evidential_model_is_read_as_its_loss_reads_it():
+    net, (image, mask) = _net(), _images()
+    found = [follow(net, image, mask, steps=3, shown=2, evidential=sure) for sure in (False, True)]
+    with torch.no_grad():
+        logits = net(image[:2], steps=3).logits
+    torch.testing.assert_close(found[0].probability[-1], logits.softmax(1)[:, 1])
+    torch.testing.assert_close(found[1].probability[-1], expected_probability(logits)[:, 1])
+    torch.testing.assert_close(found[0].f1, found[1].f1)
 
 
 def test_the_penalty_of_each_step_is_that_of_a_run_of_so_many_steps(monkeypatch):

@@ -15,7 +15,7 @@ from crbp._command import Parser, reserve
 from crbp._files import write_whole
 from crbp.analysis import figures
 from crbp.analysis.animation import scrubber, tracing_frames, tracing_gif
-from crbp.analysis.inputs import Images, add_images, check_images, images, load
+from crbp.analysis.inputs import Images, add_images, check_images, evidential, images, load
 from crbp.analysis.measured import (
     PENALISED,
     SHOWN,
@@ -47,10 +47,13 @@ def main(arguments: list[str]) -> None:
     with console.status("Making the images …"):
         seen = images(options, file, origin, trust=trust)
     with console.status("Following the model step by step …"), torch.inference_mode(False):
-        found = analyse(net, seen.image, seen.mask, steps=options.steps, penalty=penalty, training=training_log(file))
+        found = analyse(
+            net, seen.image, seen.mask,
+            steps=options.steps, evidential=evidential(origin), penalty=penalty, training=training_log(file),
+        )  # fmt: skip
     numbers = {"checkpoint": str(file), "images": len(seen.image), "task": seen.task, **found.numbers()}
-    write_numbers(folder / "analysis.json", numbers)
     _write(folder / "report.html", file, origin.name or file.stem, found, seen)
+    write_numbers(folder / "analysis.json", numbers)  # last: where it is, the page is there too
     for name, value in _rows(found):
         console.print(f"{name:<58}{value}", highlight=False, markup=False)
     console.print(f"Open {folder / 'report.html'} to see it.", soft_wrap=True, markup=False)
@@ -81,9 +84,8 @@ def _rows(found: Analysis) -> list[tuple[str, str]]:
         (f"relative residual after {last} steps", f"{found.trajectory.residual[-1]:.1e}"),
         (f"Lipschitz coefficient penalty after {n} and {last} steps", _two(found)),
     ]
-    if len(found.radius):
-        share = f"{numbers['stable_share']:.0%}"
-        rows.append((f"images whose spectral radius after {last} steps is below 1", share))
+    share = f"{numbers['stable_share']:.0%}"
+    rows.append((f"images whose spectral radius after {last} steps is below 1", share))
     rows += _memory_rows(found)
     if found.states is None:
         return [*rows, ("states", "not finite")]
@@ -167,7 +169,7 @@ def _of_time(name: str, found: Analysis, seen: Images) -> dict[str, tuple[Figure
             figures.state_space(states.coordinates, states.explained, trained=n),
             f"States of {states.coordinates.shape[1]} images at every step along the two axes on which they vary most.",
         )
-    if len(found.radius):
+    if bool(found.radius.isfinite().any()):
         drawn["spectral_radius"] = (
             figures.radii({name: found.radius}),
             f"Spectral radius of the step's Jacobian after {last} steps, by power iteration on each of "

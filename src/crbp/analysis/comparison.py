@@ -24,6 +24,7 @@ from crbp.analysis.inputs import (
     Images,
     add_images,
     check_images,
+    evidential,
     images,
     images_of,
     load,
@@ -87,8 +88,8 @@ class Measured:
             "residual_at_4n": float(residual[late - 1]),
             "penalty_at_n": float(self.penalty[n - 1]),
             "penalty_at_4n": float(self.penalty[late - 1]),
-            "median_radius": float(self.radius.median()) if len(self.radius) else None,
-            "stable_share": float((self.radius < 1).double().mean()) if len(self.radius) else None,
+            "median_radius": float(self.radius.median()),
+            "stable_share": float((self.radius < 1).double().mean()),
             "memory_bytes_at_n": memory.own[memory.steps.index(n)],
             "memory_bytes_at_4n": memory.own[memory.steps.index(late)],
             "f1": f1.tolist(),
@@ -124,8 +125,8 @@ def main(arguments: list[str]) -> None:
     numbers = {name: {"checkpoint": str(entries[name].file), "task": entries[name].task, **found[name].numbers()}
                for name in entries}  # fmt: skip
     shared = {"task": seen.task, "seed": seen.seed, "images": len(seen.image), "steps": last}
-    write_numbers(folder / "comparison.json", {**shared, "models": numbers})
     _write(folder / "report.html", found, entries, seen)
+    write_numbers(folder / "comparison.json", {**shared, "models": numbers})  # last: where it is, the page is there too
     _tell(console, found, entries, seen)
     console.print(f"Open {folder / 'report.html'} to see it.", soft_wrap=True, markup=False)
 
@@ -178,7 +179,14 @@ def _measure(entry: Entry, seen: Images, last: int) -> Measured:
     net, n = unfused(entry.net), entry.net.evolve.steps
     return Measured(
         trained=n,
-        trajectory=follow(net, seen.image, seen.mask, steps=last, shown=min(SHOWN, len(seen.image))),
+        trajectory=follow(
+            net,
+            seen.image,
+            seen.mask,
+            steps=last,
+            shown=min(SHOWN, len(seen.image)),
+            evidential=evidential(entry.origin),
+        ),
         radius=late_radius(net, seen.image[:64], steps=4 * n)[0],
         penalty=penalty_curve(net, seen.image[:PENALISED], steps=last),
         memory=training_memory(net, seen.image[:1], steps=(n, 4 * n), penalty=entry.penalty),
@@ -233,7 +241,7 @@ def _write(file: Path, found: dict[str, Measured], entries: dict[str, Entry], se
     }
     gif = tracing_gif(frames, trained=trained)
     write_whole(file.with_name("tracing.gif"), gif)
-    radii = {name: each.radius for name, each in found.items() if len(each.radius)}
+    radii = {name: each.radius for name, each in found.items() if bool(each.radius.isfinite().any())}
     dot = "The dot is at the N that each was trained for."
     drawn = {
         "f1": (

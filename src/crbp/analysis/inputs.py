@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,13 @@ def load(file: Path, *, trust: Sequence[str]) -> tuple[PathfinderNet, Origin]:
     if not isinstance(net, PathfinderNet):
         raise CrbpError(f"{file} is of a {type(net).__name__}, which has no steps to follow")
     return net, origin
+
+
+def evidential(origin: Origin) -> bool:
+    """Whether a network is known to be trained with `crbp.losses.evidential_loss`."""
+    task = origin.run.get("model")
+    settings = task.get("init_args") if isinstance(task, Mapping) else None
+    return isinstance(settings, Mapping) and settings.get("loss") == "evidential"
 
 
 def unfused(net: PathfinderNet) -> PathfinderNet:

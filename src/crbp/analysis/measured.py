@@ -56,7 +56,7 @@ class Analysis:
         trained: N, the steps it was trained for.
         trajectory: what it does step by step.
         states: where its states go; None where they do not stay finite.
-        radius: spectral radius of the step's Jacobian after the last step, one an image; none where that is not finite.
+        radius: spectral radius of the step's Jacobian after the last step, one an image; inf where that is not finite.
         converged: whether each is to be trusted.
         penalty: Lipschitz coefficient penalty of each step, ``(T,)``.
         memory: of a training step.
@@ -122,6 +122,7 @@ def analyse(
     *,
     steps: int | None = None,
     radii: int = 64,
+    evidential: bool = False,
     penalty: Penalty | None = None,
     training: Mapping[str, Curve] | None = None,
 ) -> Analysis:
@@ -133,6 +134,7 @@ def analyse(
         mask: ``(B, H, W)`` of bool.
         steps: how far to run; None for four times the steps it was trained for.
         radii: of how many images the spectral radius is estimated.
+        evidential: see `crbp.analysis.follow`.
         penalty: that it was trained with, counted in the memory of a training step.
         training: what the log of its run has.
 
@@ -149,7 +151,7 @@ def analyse(
     radius, converged = late_radius(net, image[:radii], steps=late)
     return Analysis(
         trained=trained,
-        trajectory=follow(net, image, mask, steps=late, shown=min(SHOWN, len(image))),
+        trajectory=follow(net, image, mask, steps=late, shown=min(SHOWN, len(image)), evidential=evidential),
         states=states,
         radius=radius,
         converged=converged,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from torch import Tensor
 import crbp
 from crbp._checks import count
 from crbp._tree import flatten_state, norm
+from crbp.losses import expected_probability
 from crbp.models import PathfinderNet
 from crbp.ops import shared_spectra
 
@@ -51,7 +51,9 @@ def states_of(net: PathfinderNet, image: Tensor, *, steps: int) -> Iterator[tupl
 
 
 @torch.no_grad()
-def follow(net: PathfinderNet, image: Tensor, mask: Tensor, *, steps: int, shown: int = 0) -> Trajectory:
+def follow(
+    net: PathfinderNet, image: Tensor, mask: Tensor, *, steps: int, shown: int = 0, evidential: bool = False
+) -> Trajectory:
     """Run a model for ``steps`` steps and read it out after each.
 
     Args:
@@ -60,6 +62,8 @@ def follow(net: PathfinderNet, image: Tensor, mask: Tensor, *, steps: int, shown
         mask: ``(B, H, W)`` of bool.
         steps: how far to run.
         shown: of how many images, up to one batch of 32, the probabilities are kept.
+        evidential: whether the model was trained with `crbp.losses.evidential_loss`, whose probabilities are the
+            expected ones; those of others are the softmax.
 
     Raises:
         ValueError: if ``steps`` is below 1, there is no image, or more are to be shown than a batch has.
@@ -81,7 +85,8 @@ def follow(net: PathfinderNet, image: Tensor, mask: Tensor, *, steps: int, shown
                 hits[t] += (traced & wanted).sum().cpu()
                 marked[t] += traced.sum().cpu()
                 if first == 0:
-                    probability[t] = logits[:shown].softmax(dim=1)[:, 1].cpu()
+                    read = logits[:shown]
+                    probability[t] = (expected_probability(read) if evidential else read.softmax(dim=1))[:, 1].cpu()
     f1 = 2 * hits / (marked + int(mask.sum())).clamp_min(1)
     return Trajectory(f1=f1, residual=residual / len(image), probability=probability)
 
@@ -90,7 +95,7 @@ def follow(net: PathfinderNet, image: Tensor, mask: Tensor, *, steps: int, shown
 def late_radius(net: PathfinderNet, image: Tensor, *, steps: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Spectral radius of the step's Jacobian after ``steps`` steps, one an image, and whether each has converged.
 
-    Batches of images of which a state is not finite are left out.
+    An image whose state is not finite has the radius inf, which has not converged.
 
     Args:
         net: a recurrent model; a tolerance does not end its run early here.
@@ -99,23 +104,28 @@ def late_radius(net: PathfinderNet, image: Tensor, *, steps: int, seed: int = 0)
         seed: of the power iteration's first vectors.
 
     Returns:
-        ``(B′,)`` and ``(B′,)`` of bool, see `crbp.spectral_radius`.
+        ``(B,)`` and ``(B,)`` of bool, see `crbp.spectral_radius`.
     """
-    radius, converged = [torch.empty(0)], [torch.empty(0, dtype=torch.bool)]
+    radius = torch.full((len(image),), torch.inf)
+    converged = torch.zeros(len(image), dtype=torch.bool)
     kept, net.evolve = net.evolve, replace(net.evolve, tolerance=None, on_divergence="warn")
     try:
-        for some in torch.split(image, BATCH):
+        for places in torch.split(torch.arange(len(image), device=image.device), BATCH):
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", crbp.DivergenceWarning)  # told by what is left out
-                run = net(some, steps=steps).run
-            if math.isfinite(run.report.residual):
-                generator = torch.Generator(some.device).manual_seed(seed)
-                found = crbp.spectral_radius(run, per_sample=True, generator=generator)
-                radius.append(found.radius.cpu())
-                converged.append(found.converged.cpu())
+                warnings.simplefilter("ignore", crbp.DivergenceWarning)  # told by the radius
+                run = net(image[places], steps=steps).run
+            finite = torch.stack([leaf.isfinite().flatten(1).all(1) for leaf in flatten_state(run.state)[0]]).all(0)
+            if not bool(finite.all()):
+                places = places[finite]
+                if len(places) == 0:
+                    continue
+                run = net(image[places], steps=steps).run
+            generator = torch.Generator(image.device).manual_seed(seed)
+            found = crbp.spectral_radius(run, per_sample=True, generator=generator)
+            radius[places.cpu()], converged[places.cpu()] = found.radius.cpu(), found.converged.cpu()
     finally:
         net.evolve = kept
-    return torch.cat(radius), torch.cat(converged)
+    return radius, converged
 
 
 def penalty_curve(net: PathfinderNet, image: Tensor, *, steps: int, bound: float = 0.9) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor
 import crbp
 from crbp._tree import flatten_state, relative_residual
 from crbp.analysis.evidence import evidential_uncertainty, reaction_time
+from crbp.analysis.inputs import evidential
 from crbp.analysis.trajectory import states_of
 from crbp.app.images import Picture
 from crbp.cells import HGRU
@@ -83,10 +84,7 @@ def load_recurrent(file: Path, *, trust: Sequence[str] = ("crbp",)) -> Model:
     for module in net.modules():
         if isinstance(module, HGRU):
             module.fused = False  # it would be compiled for every size of image
-    task = origin.run.get("model")
-    settings = task.get("init_args") if isinstance(task, Mapping) else None
-    evidential = isinstance(settings, Mapping) and settings.get("loss") == "evidential"
-    return Model(name=origin.name or file.stem, net=net.requires_grad_(False), evidential=evidential)
+    return Model(name=origin.name or file.stem, net=net.requires_grad_(False), evidential=evidential(origin))
 
 
 @torch.no_grad()

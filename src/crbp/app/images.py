@@ -124,8 +124,8 @@ def uploaded(file: str | Path | None, *, size: int, name: str | None = None) -> 
     """
     if file is None:
         raise ImageError("there is no file yet: choose one, a PNG or JPEG of bright strokes on a dark ground")
-    if not SIZES[0] <= size <= SIZES[1]:
-        raise ImageError(f"size={size} is outside {SIZES[0]} to {SIZES[1]} pixels; choose one within")
+    if isinstance(size, bool) or not isinstance(size, int) or not SIZES[0] <= size <= SIZES[1]:
+        raise ImageError(f"size={size!r} is not a whole number of {SIZES[0]} to {SIZES[1]} pixels; choose one within")
     name = name or Path(file).name
     try:
         with open_image(file, "the image", "choose a PNG, JPEG, WebP, BMP or TIFF file") as opened:

@@ -98,7 +98,7 @@ def _numbers(
             f"{prefix}f1_best": float(found.f1.max()),
             f"{prefix}residual_at_n": float(found.residual[last]),
             f"{prefix}residual_at_4n": float(found.residual[late]),
-            f"{prefix}stable_share": int((outcome.radius < 1).sum()) / RADII,
+            f"{prefix}stable_share": float((outcome.radius < 1).double().mean()),
             f"{prefix}images": outcome.images,
             f"{prefix}training_seconds": round(outcome.seconds, 1),
             f"{prefix}memory_mib": {n: found / 2**20 for n, found in zip(MEMORY_STEPS, memory[name], strict=True)},
