@@ -29,7 +29,7 @@ from crbp.analysis.inputs import (
     images_of,
     load,
     parameters,
-    task_of,
+    task_named,
     trained_on,
     unfused,
 )
@@ -152,10 +152,9 @@ def _entries(options: argparse.Namespace, trust: Sequence[str]) -> dict[str, Ent
     for named in options.checkpoint:
         given, file = named_file(named)
         net, origin = load(file, trust=trust)
-        task = task_of(trained_on(file, origin, trust=trust)[0]) if "data" in origin.run else ""
         name = not_taken(given or origin.name or file.stem, entries)
         penalty = penalty_of(file, origin, trust=trust)
-        entries[name] = Entry(file=file, net=net, origin=origin, task=task, penalty=penalty)
+        entries[name] = Entry(file=file, net=net, origin=origin, task=task_named(origin), penalty=penalty)
     return entries
 
 

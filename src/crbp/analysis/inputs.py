@@ -97,6 +97,20 @@ def trained_on(file: Path, origin: Origin, *, trust: Sequence[str]) -> tuple[Con
     return data.source, data.seed
 
 
+def task_named(origin: Origin) -> str:
+    """What `task_of` says of the images that a network was trained on, by its configuration; empty where it does not.
+
+    Nothing is built: those images need not be there.
+    """
+    found: Any = origin.run
+    for name in ("data", "init_args", "source"):
+        found = found.get(name) if isinstance(found, Mapping) else None
+    if not isinstance(found, Mapping):
+        return ""
+    kind = str(found.get("class_path", "")).rpartition(".")[2]
+    return str((found.get("init_args") or {}).get("preset", Generated.preset)) if kind == "Generated" else kind
+
+
 def task_of(source: ContourSource) -> str:
     """A name for what a source gives."""
     return source.preset if isinstance(source, Generated) else type(source).__name__
