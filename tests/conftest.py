@@ -15,8 +15,13 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
-def _seed():
+def _alike():
+    """Each test starts alike: a command that an earlier one ran may have drawn numbers or set the threads.
+
+    Tests that fork need the one thread: others are not in the child, which would wait for them.
+    """
     torch.manual_seed(0)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture
