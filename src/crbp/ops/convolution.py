@@ -129,14 +129,11 @@ def preferred_method(image: Tensor, weight: Tensor) -> Literal["direct", "fft", 
         images * height * width * (high * broad * inputs * (-(-outputs // LANES) * LANES) + COPY * (inputs + outputs))
     )
     direct *= (1.0 if inputs % LANES == outputs % LANES == 0 else 1.4) / threads
-    by_fft = ((cost, frame.native) for cost, frame in _frames(image, weight))
-    others: list[tuple[float, bool, Literal["fft", "winograd"]]] = [(cost, native, "fft") for cost, native in by_fft]
-    if winograd.suits(image.device, weight):
-        others.append((winograd.cost(images, height, width, inputs, outputs, threads), True, "winograd"))
-    for cost, native, method in sorted(others):
-        if cost < direct and (not native or found() is not None):  # it is compiled where it is worth it
-            return method
-    return "direct"
+    if winograd.suits(image.device, weight):  # and then the FFT is slower than it, or than the direct method
+        faster = winograd.cost(images, height, width, inputs, outputs, threads) < direct
+        return "winograd" if faster and found() is not None else "direct"  # it is compiled where it is worth it
+    frames = _frames(image, weight)
+    return "fft" if any(cost < direct and (not frame.native or found()) for cost, frame in frames) else "direct"
 
 
 # What reading or writing a pixel takes, in multiply-adds of the direct method; fitted as `Frame.cost` is.

@@ -22,22 +22,23 @@ from crbp.ops._engine import wanted
 KERNEL = (3, 3)
 POINTS = 36  # of a tile
 
-# In multiply-adds of the direct method, fitted as `Frame.cost` is: a call, a multiply-add, and the transforms of a tile
-# of one channel.
-CALL, PRODUCT, TILE = 1e7, 1.4, 1000.0
+# In multiply-adds of the direct method, fitted as `Frame.cost` is: a call, a multiply-add, which takes longer where the
+# kernels leave a core's cache, and the transforms of a tile of one channel.
+CALL, PRODUCT, CACHED, TILE = 1e7, 1.4, 64 * 64, 1000.0
 
 
 def suits(device: torch.device, weight: Tensor) -> bool:
-    """Whether `winograd.cpp` is meant for this: 3×3 kernels on a CPU, for up to 4 096 pairs of channels."""
-    # Above this, what has become of the kernels leaves the nearest cache.
+    """Whether `winograd.cpp` is meant for this: 3×3 kernels on a CPU, for up to 16 384 pairs of channels."""
+    # Above this, what has become of the kernels is read from memory for every few tiles.
     outputs, inputs = weight.shape[:2]
-    return device.type == "cpu" and tuple(weight.shape[2:]) == KERNEL and inputs * outputs <= 64 * 64
+    return device.type == "cpu" and tuple(weight.shape[2:]) == KERNEL and inputs * outputs <= 128 * 128
 
 
 def cost(images: int, height: int, width: int, inputs: int, outputs: int, threads: int) -> float:
     """Of a convolution, in multiply-adds of the direct method on one thread, by fits to what it takes."""
     tiles = images * -(-height // 4) * -(-width // 4)
-    return CALL + tiles * (POINTS * PRODUCT * inputs * outputs + TILE * (inputs + outputs)) / threads
+    product = PRODUCT * (1.0 if inputs * outputs <= CACHED else 1.5)
+    return CALL + tiles * (POINTS * product * inputs * outputs + TILE * (inputs + outputs)) / threads
 
 
 def correlate(image: Tensor, weight: Tensor) -> Tensor:
