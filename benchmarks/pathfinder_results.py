@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import re
 import shutil
 import statistics
 import warnings
@@ -26,6 +25,7 @@ import numpy as np
 import torch
 import yaml
 from _runs import ROOT, add_rows, label, rounded, wanted
+from _tables import markdown, with_tables
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -55,7 +55,6 @@ COLUMNS = (
     "f1_at_n", "f1_at_4n", "f1_best", "f1_best_at", "residual_at_4n", "stable_share", "ks_statistic", "moved",
     "images_to_f1_0.9", "batch", "seed", "commit",
 )  # fmt: skip
-TABLE = re.compile(r"(<!-- table (rows|late|elsewhere) -->\n).*?(?=<!-- end -->)", re.DOTALL)
 TAGS = ("val/f1", "val/residual", "val/spectral_radius", "val/penalty")
 Line = dict[str, Any]
 Curve = list[tuple[int, float]]
@@ -196,16 +195,15 @@ def write(out: Path) -> None:
     for name, figure in figures(rows).items():
         figure.savefig(out / f"{name}.png", dpi=140)
     if (page := out / "README.md").exists():
-        page.write_text(with_tables(page.read_text(), rows))
+        page.write_text(with_tables(page.read_text(), tables(rows)))
     print(f"{len(rows)} rows in {out}")
 
 
-def with_tables(page: str, rows: Sequence[Row]) -> str:
-    """The page with its tables set anew, each between ``<!-- table NAME -->`` and ``<!-- end -->``."""
+def tables(rows: Sequence[Row]) -> dict[str, str]:
+    """The tables of the page by name."""
     late = [row.line for row in rows if row.line["variant"] in LATE]
     lines = [row.line for row in rows if row.line["variant"] not in LATE]
-    tables = {"rows": measures_of(lines), "late": measures_of(late, digits=4), "elsewhere": generalisation(lines)}
-    return TABLE.sub(lambda at: at[1] + tables[at[2]], page)
+    return {"rows": measures_of(lines), "late": measures_of(late, digits=4), "elsewhere": generalisation(lines)}
 
 
 def measures_of(lines: Iterable[Line], *, digits: int = 3) -> str:
@@ -234,7 +232,7 @@ def measures_of(lines: Iterable[Line], *, digits: int = 3) -> str:
             [f"{line['stable_share']:.0%}" if "stable_share" in line else "" for line in seeds],
         ]
         body.append([title, *(", ".join(cell) for cell in cells)])
-    return _markdown(head, body)
+    return markdown(head, body)
 
 
 def generalisation(lines: Iterable[Line]) -> str:
@@ -244,7 +242,7 @@ def generalisation(lines: Iterable[Line]) -> str:
         best = [", ".join(_share(line.get(f"best_on_{task}", "")) for line in seeds) for task in TASKS]
         body.append([title, f"{seeds[0]['parameters']:,}", _memory(seeds[0]), *best])
     shown = [f"best F1 on {task.removeprefix('small')} dashes" for task in TASKS]
-    return _markdown(("trained on", "parameters", "MiB an image", *shown), body)
+    return markdown(("trained on", "parameters", "MiB an image", *shown), body)
 
 
 def _by_title(lines: Iterable[Line]) -> dict[str, list[Line]]:
@@ -269,11 +267,6 @@ def _share(value: float | str, digits: int = 3) -> str:
 
 def _memory(line: Line) -> str:
     return f"{line['saved_mib']:.1f}" if line.get("saved_mib") else ""
-
-
-def _markdown(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *body]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
 def figures(rows: Sequence[Row]) -> dict[str, Figure]:

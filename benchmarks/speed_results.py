@@ -1,0 +1,124 @@
+"""Set the tables of the page on speed from the files that `crbp bench` has written.
+
+    python benchmarks/speed_results.py [FOLDER]
+
+Without a folder those are of `results/speed`. Each file has one part, of a commit of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from _runs import ROOT
+from _tables import markdown, with_tables
+
+Numbers = dict[str, Any]
+FILES = ("kernels", "memory", "memory_crbp", "solvers", "scaling")
+STEPS = (5, 20, 100, 500)
+PRODUCTS = (1, 5, 9, 13, 17, 21, 29, 37)
+METHODS = {
+    "BPTT": "BPTT", "CheckpointedBPTT": "checkpointed BPTT", "TruncatedBPTT": "truncated BPTT, 5 steps", "RBP": "RBP",
+    "OneStep": "one step", "Phantom": "phantom, 5 steps",
+}  # fmt: skip
+WANTED = {3: "never slower, 2×", 5: "never slower", 9: "never slower"}  # by the side of the kernel
+AXES = {"batch": "batch", "image": "image side", "channels": "channels"}
+
+
+def tables(parts: dict[str, Numbers]) -> dict[str, str]:
+    """The tables of the page by name, from the parts by the name of their file."""
+    return {
+        "kernels": kernels(parts["kernels"]),
+        "memory": memory(parts["memory"], parts["memory_crbp"]),
+        "solvers": solvers(parts["solvers"]),
+        "scaling": scaling(parts["scaling"]),
+    }
+
+
+def kernels(part: Numbers) -> str:
+    """Seconds by size of kernel."""
+    body = [
+        [
+            f"{side}×{side}",
+            f"{row['steps']}",
+            _spread(row["crbp"], _three, unit=" s"),
+            _spread(row["textbook"], _three, unit=" s"),
+            _spread(row["speedup"], lambda value: f"{value:.2f}", unit="×", bold=True),
+            WANTED[side],
+        ]
+        for row in part["rows"]
+        for side in (row["kernel_size"],)
+    ]
+    return markdown(("kernel", "N", "crbp", "textbook", "ratio", "wanted"), body)
+
+
+def memory(part: Numbers, of_one_thread: Numbers) -> str:
+    """MiB that autograd saves, by method and number of steps; C-RBP as measured last, with one thread."""
+    rows = {title: part["methods"][name] for name, title in METHODS.items()}
+    rows |= {
+        "**C-RBP**, with one thread": of_one_thread["methods"]["C-RBP"],
+        "RBP, with one thread": of_one_thread["methods"]["RBP"],
+    }
+    body = []
+    for title, found in rows.items():
+        saved = {row["steps"]: row["saved_bytes"] / 2**20 for row in found["rows"]}
+        body.append([title, *(_three(saved[steps]) for steps in STEPS)])
+    return markdown(("N", *map(str, STEPS)), body)
+
+
+def solvers(part: Numbers) -> str:
+    """Relative error of the gradient, by solver and products."""
+    places = [part["products"].index(count) for count in PRODUCTS]
+    body = [
+        [name, *(f"{found[place]:.1e}".replace("e-0", "e-") for place in places)]
+        for name, found in part["relative_error"].items()
+    ]
+    return markdown(("products", *map(str, PRODUCTS)), body)
+
+
+def scaling(part: Numbers) -> str:
+    """Exponents, and ratios at the ends."""
+    body = []
+    for axis, title in AXES.items():
+        rows, exponents = part[axis]["rows"], part[axis]["exponents"]
+        first, last = (f"{rows[end]['speedup']['median']:.1f}×" for end in (0, -1))
+        body.append(
+            [
+                f"{title}, {rows[0]['value']} to {rows[-1]['value']}",
+                *(f"{exponents[name]:.2f}" for name in ("crbp", "textbook")),
+                f"{first} to {last}",
+            ]
+        )
+    return markdown(("", "crbp", "textbook", "ratio at the ends"), body)
+
+
+def _spread(found: Numbers, shown: Callable[[float], str], *, unit: str = "", bold: bool = False) -> str:
+    median = shown(found["median"]) + unit
+    return f"{f'**{median}**' if bold else median} ({shown(found['min'])} to {shown(found['max'])})"
+
+
+def _three(value: float) -> str:
+    """Three digits, the last of which may be a zero."""
+    if value >= 1000:
+        return f"{round(value, -1):,.0f}".replace(",", " ")
+    return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
+
+
+def read(folder: Path) -> dict[str, Numbers]:
+    """The parts by the name of their file."""
+    found = {name: json.loads((folder / f"{name}.json").read_text())["parts"] for name in FILES}
+    return {name: parts[name.partition("_")[0]] for name, parts in found.items()}
+
+
+def main() -> None:
+    """Set the tables."""
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "results" / "speed"
+    page = folder / "README.md"
+    page.write_text(with_tables(page.read_text(), tables(read(folder))))
+
+
+if __name__ == "__main__":
+    main()
