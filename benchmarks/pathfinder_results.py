@@ -50,6 +50,7 @@ VARIANTS = {
     "k3": "3×3 kernels", "k5": "5×5 kernels", "k9": "9×9 kernels", "gmres": "solved by GMRES",
     "evidential": "evidential loss",
 }  # fmt: skip
+BATCH = 128  # images of the paper's training step
 COLUMNS = (
     "row", "task", "cell", "method", "variant", "kernel", "steps", "parameters", "images", "seconds", "saved_mib",
     "f1_at_n", "f1_at_4n", "f1_best", "f1_best_at", "residual_at_4n", "stable_share", "ks_statistic", "moved",
@@ -195,15 +196,26 @@ def write(out: Path) -> None:
     for name, figure in figures(rows).items():
         figure.savefig(out / f"{name}.png", dpi=140)
     if (page := out / "README.md").exists():
-        page.write_text(with_tables(page.read_text(), tables(rows)))
+        page.write_text(with_tables(page.read_text(), tables(rows, costs(out))))
     print(f"{len(rows)} rows in {out}")
 
 
-def tables(rows: Sequence[Row]) -> dict[str, str]:
+def costs(out: Path) -> list[dict[str, str]]:
+    """The lines of `pathfinder_cost.py`; none where it was not run."""
+    file = out / "paper_cost.csv"
+    return list(csv.DictReader(file.read_text().splitlines())) if file.exists() else []
+
+
+def tables(rows: Sequence[Row], cost: Iterable[Mapping[str, str]]) -> dict[str, str]:
     """The tables of the page by name."""
     late = [row.line for row in rows if row.line["variant"] in LATE]
     lines = [row.line for row in rows if row.line["variant"] not in LATE]
-    return {"rows": measures_of(lines), "late": measures_of(late, digits=4), "elsewhere": generalisation(lines)}
+    return {
+        "rows": measures_of(lines),
+        "late": measures_of(late, digits=4),
+        "elsewhere": generalisation(lines),
+        "paper": paper(cost),
+    }
 
 
 def measures_of(lines: Iterable[Line], *, digits: int = 3) -> str:
@@ -243,6 +255,25 @@ def generalisation(lines: Iterable[Line]) -> str:
         body.append([title, f"{seeds[0]['parameters']:,}", _memory(seeds[0]), *best])
     shown = [f"best F1 on {task.removeprefix('small')} dashes" for task in TASKS]
     return markdown(("trained on", "parameters", "MiB an image", *shown), body)
+
+
+def paper(cost: Iterable[Mapping[str, str]]) -> str:
+    """What a training step of the paper's size costs, and the whole run on a GPU as projected."""
+    head = ("row", "N", "s an image", "MiB an image", f"GiB at {BATCH} images", "GFLOP an image", "projected hours")
+    body = []
+    for line in sorted(cost, key=lambda line: (len(line["row"].split("_")[0]), line["row"])):
+        saved = float(line["saved_mib_per_image"])
+        body.append(
+            [
+                f"`{line['row']}`",
+                line["steps"],
+                line["seconds_per_image"],
+                f"{saved:.0f}",
+                f"{saved * BATCH / 1024:.1f}",
+            ]
+            + [f"{float(line['gflop_per_image']):.0f}", line["gpu_hours"]]
+        )
+    return markdown(head, body)
 
 
 def _by_title(lines: Iterable[Line]) -> dict[str, list[Line]]:
