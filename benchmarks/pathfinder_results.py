@@ -263,16 +263,9 @@ def paper(cost: Iterable[Mapping[str, str]]) -> str:
     body = []
     for line in sorted(cost, key=lambda line: (len(line["row"].split("_")[0]), line["row"])):
         saved = float(line["saved_mib_per_image"])
-        body.append(
-            [
-                f"`{line['row']}`",
-                line["steps"],
-                line["seconds_per_image"],
-                f"{saved:.0f}",
-                f"{saved * BATCH / 1024:.1f}",
-            ]
-            + [f"{float(line['gflop_per_image']):.0f}", line["gpu_hours"]]
-        )
+        memory = f"{saved:.0f}", f"{saved * BATCH / 1024:.1f}"
+        arithmetic = f"{float(line['gflop_per_image']):.0f}", line["gpu_hours"]
+        body.append((f"`{line['row']}`", line["steps"], line["seconds_per_image"], *memory, *arithmetic))
     return markdown(head, body)
 
 

@@ -91,13 +91,11 @@ def test_without_rows_there_is_no_table(results: Any, tmp_path: Path) -> None:
 def test_the_page_shows_the_rows_that_are_kept(results: Any) -> None:
     folder = results.ROOT / "results" / "pathfinder"
     rows = [results.Row(**json.loads(file.read_text())) for file in sorted((folder / "rows").glob("*.json"))]
-    page = (folder / "README.md").read_text()
-    assert (
-        results.with_tables(page, results.tables(rows, results.costs(folder))) == page
-    )  # else run benchmarks/pathfinder_results.py
+    page, tables = (folder / "README.md").read_text(), results.tables(rows, results.costs(folder))
+    assert results.with_tables(page, tables) == page  # else run benchmarks/pathfinder_results.py
     emptied = results.with_tables(page, results.tables(rows[:1], []))
     assert len(emptied) < len(page)
-    assert results.with_tables(emptied, results.tables(rows, results.costs(folder))) == page
+    assert results.with_tables(emptied, tables) == page
     names = {row.line["row"] for row in rows}
     assert names == {line["row"] for line in csv.DictReader((folder / "table.csv").read_text().splitlines())}
     assert names == {file.stem for file in (folder / "weights").glob("*.safetensors")}
