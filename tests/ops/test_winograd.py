@@ -22,6 +22,7 @@ CASES = [
     ((1, 25, 25), (9, 259)),
     ((9, 40, 70), (14, 14)),
     ((2, 120, 100), (13, 10)),
+    ((3, 5, 6), (14, 13)),
 ]
 
 
@@ -60,8 +61,11 @@ def test_it_is_the_direct_sum_with_its_gradients(
 
 
 def test_every_number_of_vectors_of_a_panel_is_among_the_cases() -> None:
-    kept = [36 * 64 * (inputs + outputs) for (_, inputs, outputs), _ in CASES]  # bytes of one vector of tiles
-    assert {min(4, 2**19 // each) for each in kept} >= {1, 2, 4}
+    tiles = {images * -(-height // 4) * -(-width // 4) for (images, _, _), (height, width) in CASES}
+    for lanes in (8, 16):
+        assert min(tiles) < 2 * lanes
+        assert any(2 * lanes <= count < 4 * lanes for count in tiles)
+        assert max(tiles) >= 3 * 4 * lanes  # with three threads
 
 
 def test_no_image_gives_no_result_and_a_gradient_of_zero() -> None:
@@ -138,8 +142,8 @@ def test_it_is_chosen_for_small_kernels_of_few_channels() -> None:
     image = torch.randn(2, 25, 150, 150)
     assert ops.preferred_method(image, torch.randn(25, 25, 3, 3)) == "winograd"
     assert ops.preferred_method(image, torch.randn(25, 25, 3, 5)) != "winograd"
-    many = torch.randn(1, 256, 32, 32)
-    assert ops.preferred_method(many, torch.randn(256, 256, 3, 3)) != "winograd"
+    many = torch.randn(1, 512, 32, 32)
+    assert ops.preferred_method(many, torch.randn(512, 512, 3, 3)) != "winograd"
 
 
 @pytest.mark.parametrize(
@@ -162,3 +166,29 @@ def test_without_a_compiler_it_says_so_and_is_not_chosen(monkeypatch: pytest.Mon
     assert ops.preferred_method(image, weight) != "winograd"
     with pytest.raises(ValueError, match=r"C\+\+ compiler"):
         by_winograd(image, weight)
+
+
+@pytest.mark.parametrize("gradient", [crbp.RBP(crbp.Neumann(terms=4)), crbp.BPTT()], ids=["RBP", "BPTT"])
+def test_a_run_transforms_each_kernel_once_and_once_turned_round(
+    monkeypatch: pytest.MonkeyPatch, gradient: crbp.GradientMethod
+) -> None:
+    weight, seen = torch.randn(3, 3, 3, 3, requires_grad=True), []
+    original = winograd._transformed
+    monkeypatch.setattr(winograd, "_transformed", lambda kernels: seen.append(kernels) or original(kernels))
+    run = crbp.Evolve(steps=7, gradient=gradient)(
+        lambda h: torch.tanh(0.1 * by_winograd(h, weight) + 1), torch.zeros(2, 3, 9, 9)
+    )
+    (run.state.sum() + crbp.lipschitz_penalty(run, bound=0.0)).backward()
+    forward, turned = seen
+    torch.testing.assert_close(forward, weight.detach())
+    torch.testing.assert_close(turned, weight.detach().flip(2, 3).transpose(0, 1))
+    assert weight.grad is not None
+    assert bool((weight.grad != 0).any())
+
+
+def test_a_changed_kernel_is_transformed_anew() -> None:
+    image, weight = torch.randn(1, 2, 8, 8), torch.nn.Parameter(torch.randn(2, 2, 3, 3))
+    with torch.no_grad(), ops.shared_spectra():
+        before = by_winograd(image, weight)
+        weight.mul_(2)
+        torch.testing.assert_close(by_winograd(image, weight), 2 * before)

@@ -54,7 +54,7 @@ def conv2d(image: Tensor, weight: Tensor, bias: Tensor | None = None, *, method:
         return F.conv2d(image, weight, bias, padding="same")
     _check(image, weight, method)
     if method == "winograd":
-        result = winograd.correlate(image, weight)
+        result = winograd.correlate(image, weight, _kernels_of(weight))
     else:
         frame = next(frame for _, frame in _frames(image, weight) if not frame.native or found() is not None)
         transformed, adjoint = _spectrum_of(weight, frame)
@@ -171,9 +171,10 @@ class Conv2d(nn.Conv2d):
 
 @dataclass
 class _Shared(threading.local):
-    """The spectra of the run that this thread is in, by kernel and frame."""
+    """What has become of the kernels in the run that this thread is in; each is kept as well, so that its id stays."""
 
     spectra: dict[Any, tuple[Tensor, Adjoint, Tensor]] | None = None
+    kernels: dict[Any, tuple[winograd.Kernels, Tensor]] = field(default_factory=dict)
     graph: bool = field(default=False)
 
 
@@ -187,23 +188,33 @@ def shared_spectra() -> Iterator[None]:
     Where gradients are recorded on entering, the spectra carry them, also to uses under ``torch.no_grad`` inside: the
     one spectrum serves the steps without a graph and the last one with it.
     """
-    before = _shared.spectra, _shared.graph
-    _shared.spectra, _shared.graph = {}, torch.is_grad_enabled()
+    before = _shared.spectra, _shared.kernels, _shared.graph
+    _shared.spectra, _shared.kernels, _shared.graph = {}, {}, torch.is_grad_enabled()
     try:
         yield
     finally:
-        _shared.spectra, _shared.graph = before
+        _shared.spectra, _shared.kernels, _shared.graph = before
+
+
+def _kept(weight: Tensor) -> bool:
+    # A weight that is itself computed is another one at every step: only what outlives the run is worth keeping.
+    lasting = isinstance(weight, nn.Parameter) or (weight.is_leaf and weight.requires_grad)
+    return _shared.spectra is not None and lasting and not weight.is_inference()
+
+
+def _kernels_of(weight: Tensor) -> winograd.Kernels:
+    if not _kept(weight):
+        return winograd.Kernels()
+    return _shared.kernels.setdefault((id(weight), weight._version), (winograd.Kernels(), weight))[0]
 
 
 def _spectrum_of(weight: Tensor, frame: Frame) -> tuple[Tensor, Adjoint]:
-    # A weight that is itself computed is another one at every step: only what outlives the run is worth keeping.
-    lasting = isinstance(weight, nn.Parameter) or (weight.is_leaf and weight.requires_grad)
-    if _shared.spectra is None or not lasting or weight.is_inference():
+    if not _kept(weight):
         return spectrum(weight, frame), Adjoint()
+    assert _shared.spectra is not None
     graph = _shared.graph or torch.is_grad_enabled()
     key = id(weight), weight._version, frame.size, frame.native, graph
     if key not in _shared.spectra:
         with torch.set_grad_enabled(graph):
-            # The weight is kept as well, so that its id stays its own.
             _shared.spectra[key] = spectrum(weight, frame), Adjoint(), weight
     return _shared.spectra[key][:2]

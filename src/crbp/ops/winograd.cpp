@@ -210,10 +210,11 @@ void multiply(const typename Types<T>::V* x, const T* kernels, int64_t inputs, t
         for (int n = 0; n < N; ++n) y[m * N + n] = sum[m][n];
 }
 
-// Vectors of tiles of a panel: as many as leave it in the cache of a core.
-template <class T> int64_t vectors(const Shape& s) {
-    const int64_t each = POINTS * (s.inputs + s.outputs) * BYTES, cache = int64_t(1) << 19;
-    return 4 * each <= cache ? 4 : 2 * each <= cache ? 2 : 1;
+// Vectors of tiles of a panel, which share what is read of the kernels: as many as leave a panel for every thread.
+template <class T> int64_t vectors(const Shape& s, int threads) {
+    for (int64_t count : {4, 2})
+        if (s.tiles() >= count * Types<T>::W * threads) return count;
+    return 1;
 }
 
 // What points are apart: off powers of two, which would share few places of the cache.
@@ -222,8 +223,9 @@ inline int64_t padded(int64_t count) { return count + 1; }
 // Vectors for each one of a panel that are needed beside the points.
 constexpr int64_t ROOM = SIDE * YIELD + SIDE * SIDE + 2;
 
-template <class T> int64_t scratch_of(const Shape& s) {
-    const int64_t count = vectors<T>(s);
+// Numbers that a thread needs.
+template <class T> int64_t scratch_of(const Shape& s, int threads) {
+    const int64_t count = vectors<T>(s, threads);
     return (POINTS * (padded(s.inputs * count) + padded(s.outputs * count)) + ROOM * count + 1) * Types<T>::W;
 }
 
@@ -231,7 +233,7 @@ template <class T, int N>
 void correlate(const T* images, const T* kernels, T* results, T* scratch, const Shape& s, int threads) {
     TYPES(T);
     constexpr int64_t PLACES = N * W, MOST = 6;
-    const int64_t panels = (s.tiles() + PLACES - 1) / PLACES, room = scratch_of<T>(s);
+    const int64_t panels = (s.tiles() + PLACES - 1) / PLACES, room = scratch_of<T>(s, threads);
     const int64_t blocks = (s.outputs + MOST - 1) / MOST;  // of outputs that are computed at once, of nearly one size
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (int64_t panel = 0; panel < panels; ++panel) {
@@ -265,7 +267,7 @@ void correlate(const T* images, const T* kernels, T* results, T* scratch, const 
 
 template <class T>
 void winograd(const T* images, const T* kernels, T* results, T* scratch, const Shape& s, int threads) {
-    switch (vectors<T>(s)) {
+    switch (vectors<T>(s, threads)) {
         case 4: return correlate<T, 4>(images, kernels, results, scratch, s, threads);
         case 2: return correlate<T, 2>(images, kernels, results, scratch, s, threads);
         default: return correlate<T, 1>(images, kernels, results, scratch, s, threads);
@@ -278,7 +280,7 @@ void winograd(const T* images, const T* kernels, T* results, T* scratch, const S
     void winograd_##NAME(const T* images, const T* kernels, T* results, T* scratch, const Shape* shape, int threads) { \
         winograd<T>(images, kernels, results, scratch, *shape, threads);                                              \
     }                                                                                                                \
-    int64_t winograd_scratch_##NAME(const Shape* shape) { return scratch_of<T>(*shape); }
+    int64_t winograd_scratch_##NAME(const Shape* shape, int threads) { return threads * scratch_of<T>(*shape, threads); }
 
 extern "C" {
 EXPORT(float32, float)

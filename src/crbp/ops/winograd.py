@@ -28,10 +28,10 @@ CALL, PRODUCT, CACHED, TILE = 1e7, 1.4, 64 * 64, 1000.0
 
 
 def suits(device: torch.device, weight: Tensor) -> bool:
-    """Whether `winograd.cpp` is meant for this: 3×3 kernels on a CPU, for up to 16 384 pairs of channels."""
-    # Above this, what has become of the kernels is read from memory for every few tiles.
+    """Whether `winograd.cpp` is meant for this: 3×3 kernels on a CPU, for up to 65 536 pairs of channels."""
+    # Above this, what has become of the kernels leaves the cache that cores share.
     outputs, inputs = weight.shape[:2]
-    return device.type == "cpu" and tuple(weight.shape[2:]) == KERNEL and inputs * outputs <= 128 * 128
+    return device.type == "cpu" and tuple(weight.shape[2:]) == KERNEL and inputs * outputs <= 256 * 256
 
 
 def cost(images: int, height: int, width: int, inputs: int, outputs: int, threads: int) -> float:
@@ -41,30 +41,53 @@ def cost(images: int, height: int, width: int, inputs: int, outputs: int, thread
     return CALL + tiles * (POINTS * product * inputs * outputs + TILE * (inputs + outputs)) / threads
 
 
-def correlate(image: Tensor, weight: Tensor) -> Tensor:
-    """``(B, C, H, W)`` and ``(O, C, 3, 3)`` to ``(B, O, H, W)``, zeros around the images."""
-    result: Tensor = _Winograd.apply(image, weight)
+class Kernels:
+    """``G w Gᵀ`` of the kernels of one layer and of those turned round, computed when they are first asked for."""
+
+    def __init__(self) -> None:
+        self._found: dict[bool, Tensor] = {}
+
+    def of(self, weight: Tensor, reverse: bool) -> Tensor:
+        """``(36, O, C)``, or ``(36, C, O)`` in reverse, without a graph; the weight is to be the same every time."""
+        if reverse not in self._found:
+            given = weight.detach()
+            self._found[reverse] = _transformed(given.flip(2, 3).transpose(0, 1) if reverse else given)
+        return self._found[reverse]
+
+
+def correlate(image: Tensor, weight: Tensor, kernels: Kernels | None = None) -> Tensor:
+    """``(B, C, H, W)`` and ``(O, C, 3, 3)`` to ``(B, O, H, W)``; a weight of several uses comes with its `Kernels`."""
+    result: Tensor = _Winograd.apply(image, weight, kernels or Kernels(), False)
     return result
 
 
+# A correlation is linear in the image and in the kernel; its adjoint in the image is the reverse one.
+
+
 class _Winograd(torch.autograd.Function):
+    """``(B, C, H, W)`` and a weight to ``(B, O, H, W)``; in reverse, ``(B, O, H, W)`` to ``(B, C, H, W)``."""
+
     @staticmethod
-    def forward(image: Tensor, weight: Tensor) -> Tensor:
-        found: Tensor = _correlate(image, _transformed(weight))
+    def forward(image: Tensor, weight: Tensor, kernels: Kernels, reverse: bool) -> Tensor:
+        found: Tensor = _correlate(image, kernels.of(weight, reverse))
         return found
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
+        image, weight, ctx.kernels, ctx.reverse = inputs
+        ctx.save_for_backward(image, weight)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         image, weight = ctx.saved_tensors
         for_image, for_weight = wanted(ctx, 2)
-        return (
-            _Winograd.apply(gradient, weight.flip(2, 3).transpose(0, 1)) if for_image else None,
-            _crossed(image, gradient, weight.shape) if for_weight else None,
-        )
+        back = crossed = None
+        if for_image:
+            back = _Winograd.apply(gradient, weight, ctx.kernels, not ctx.reverse)
+        if for_weight:
+            given, found = (gradient, image) if ctx.reverse else (image, gradient)
+            crossed = _crossed(given, found, weight.shape)
+        return back, crossed, None, None
 
 
 def _crossed(image: Tensor, gradient: Tensor, shape: torch.Size) -> Tensor:
@@ -101,7 +124,7 @@ def _correlate(image: Tensor, kernels: Tensor) -> Tensor:
     tiles = images * -(-height // 4) * -(-width // 4)
     threads = max(1, min(torch.get_num_threads(), tiles // 16))
     given = (ctypes.c_int64 * 5)(images, inputs, outputs, height, width)
-    scratch = torch.empty(threads * getattr(native, f"winograd_scratch_{suffix}")(given), dtype=dtype, device="cpu")
+    scratch = torch.empty(getattr(native, f"winograd_scratch_{suffix}")(given, threads), dtype=dtype, device="cpu")
     tensors = image.contiguous(), kernels.contiguous(), result, scratch
     getattr(native, f"winograd_{suffix}")(*(ctypes.c_void_p(each.data_ptr()) for each in tensors), given, threads)
     return result
