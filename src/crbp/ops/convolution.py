@@ -124,11 +124,12 @@ def preferred_method(image: Tensor, weight: Tensor) -> Literal["direct", "fft", 
         return "direct"
     (images, _, height, width), (outputs, inputs, high, broad) = image.shape, weight.shape
     threads = torch.get_num_threads()
-    # Outputs are computed by whole vectors; numbers of channels that fill none take longer.
+    # Outputs are computed by whole vectors; numbers of channels that fill none take longer, but for a single output.
+    filled = inputs % LANES == 0 and (outputs % LANES == 0 or outputs == 1)
     direct = (
         images * height * width * (high * broad * inputs * (-(-outputs // LANES) * LANES) + COPY * (inputs + outputs))
     )
-    direct *= (1.0 if inputs % LANES == outputs % LANES == 0 else 1.4) / threads
+    direct *= (1.0 if filled else 1.4) / threads
     if winograd.suits(image.device, weight):  # and then the FFT is slower than it, or than the direct method
         faster = winograd.cost(images, height, width, inputs, outputs, threads) < direct
         return "winograd" if faster and found() is not None else "direct"  # it is compiled where it is worth it

@@ -23,8 +23,8 @@ KERNEL = (3, 3)
 POINTS = 36  # of a tile
 
 # In multiply-adds of the direct method, fitted as `Frame.cost` is: a call, a multiply-add, which takes longer where the
-# kernels leave a core's cache, and the transforms of a tile of one channel.
-CALL, PRODUCT, CACHED, TILE = 1e7, 1.4, 64 * 64, 1000.0
+# kernels leave a core's cache, the transforms of a tile of one channel, and those of a row of tiles.
+CALL, PRODUCT, CACHED, TILE, ROW = 3e6, 1.4, 64 * 64, 850.0, 7_000.0
 
 
 def suits(device: torch.device, weight: Tensor) -> bool:
@@ -36,9 +36,9 @@ def suits(device: torch.device, weight: Tensor) -> bool:
 
 def cost(images: int, height: int, width: int, inputs: int, outputs: int, threads: int) -> float:
     """Of a convolution, in multiply-adds of the direct method on one thread, by fits to what it takes."""
-    tiles = images * -(-height // 4) * -(-width // 4)
-    product = PRODUCT * (1.0 if inputs * outputs <= CACHED else 1.5)
-    return CALL + tiles * (POINTS * product * inputs * outputs + TILE * (inputs + outputs)) / threads
+    rows, across = images * -(-height // 4), -(-width // 4)
+    product = POINTS * PRODUCT * (1.0 if inputs * outputs <= CACHED else 1.5) * inputs * outputs
+    return CALL + rows * (across * product + (across * TILE + ROW) * (inputs + outputs)) / threads
 
 
 class Kernels:
