@@ -51,6 +51,7 @@ SMALL_STEPS = {
 }  # N of the methods that need a steady state, by length of contour; the others take 6
 SMALL_LEAD_IN = {5: {3: 1_280}, 9: {3: 1_280, 6: 2_560}, 14: {3: 1_280, 6: 2_560, 10: 2_560}}  # dashes: images
 SMALL_SIZE = {5: 8_000, 9: 12_800, 14: 16_000}  # images seen in training
+SMALL_FAR = 20  # steps from which on batches are not run far beyond N: that makes a model that arrives after N, too
 SMALL_LONG = 24_000  # images seen where training goes on
 SMALL_HORIZON = 12  # longest time constant of the gates, in steps: slower ones make a model that arrives after N
 SMALL_SIDES = {5: {3: 20, 5: 12, 9: 8}, 14: {3: 48}}  # steps of C-RBP for each length of contour and kernel size
@@ -106,9 +107,13 @@ MINI = Scale(
 )
 
 
-def settling(steps: int) -> dict[str, Any]:
-    """What keeps dynamics stable through late training: `crbp.tasks.ContourTask` has the same by default."""
-    return {"penalty_ramp": 0.8, "residual_weight": 1.0, "spectral_weight": 1.0, "step_jitter": 2 * steps}
+def settling(steps: int, *, beyond: float = 2) -> dict[str, Any]:
+    """What keeps dynamics stable through late training: `crbp.tasks.ContourTask` has the same by default.
+
+    Half of the batches are run for up to ``beyond`` times N more than N steps.
+    """
+    jitter = round(beyond * steps)
+    return {"penalty_ramp": 0.8, "residual_weight": 1.0, "spectral_weight": 1.0, "step_jitter": jitter}
 
 
 def cell(scale: Scale, kind: str, kernel_size: int, steps: int) -> dict[str, Any]:
@@ -208,7 +213,7 @@ def small(length: int, steps: int) -> Scale:
         terms=max(6, steps // 2),
         fused=True,
         horizon=SMALL_HORIZON,
-        contracting=settling(steps),
+        contracting=settling(steps, beyond=2 if steps <= SMALL_FAR else 0.5),
     )
 
 
