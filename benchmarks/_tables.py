@@ -12,8 +12,10 @@ def with_tables(page: str, tables: Mapping[str, str]) -> str:
     """The page with its tables set anew.
 
     Raises:
-        KeyError: if it has one that nothing is known of.
+        KeyError: if it has one that nothing is known of, or no place for one of them.
     """
+    if missing := tables.keys() - {name for _, name in TABLE.findall(page)}:
+        raise KeyError(f"the page has no place for {', '.join(sorted(missing))}: <!-- table NAME -->, <!-- end -->")
     return TABLE.sub(lambda at: at[1] + tables[at[2]], page)
 
 

@@ -261,7 +261,7 @@ def paper(cost: Iterable[Mapping[str, str]]) -> str:
     """What a training step of the paper's size costs, and the whole run on a GPU as projected."""
     head = ("row", "N", "s an image", "MiB an image", f"GiB at {BATCH} images", "GFLOP an image", "projected hours")
     body = []
-    for line in sorted(cost, key=lambda line: (len(line["row"].split("_")[0]), line["row"])):
+    for line in sorted(cost, key=lambda line: (len(line["row"].split("_")[0]), line["row"])):  # pf9 before pf14
         saved = float(line["saved_mib_per_image"])
         memory = f"{saved:.0f}", f"{saved * BATCH / 1024:.1f}"
         arithmetic = f"{float(line['gflop_per_image']):.0f}", line["gpu_hours"]

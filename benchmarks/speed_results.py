@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,18 +39,11 @@ def tables(parts: dict[str, Numbers]) -> dict[str, str]:
 
 def kernels(part: Numbers) -> str:
     """Seconds by size of kernel."""
-    body = [
-        [
-            f"{side}×{side}",
-            f"{row['steps']}",
-            _spread(row["crbp"], _three, unit=" s"),
-            _spread(row["textbook"], _three, unit=" s"),
-            _spread(row["speedup"], lambda value: f"{value:.2f}", unit="×", bold=True),
-            WANTED[side],
-        ]
-        for row in part["rows"]
-        for side in (row["kernel_size"],)
-    ]
+    body = []
+    for row in part["rows"]:
+        side, seconds = row["kernel_size"], [_spread(row[name], unit=" s") for name in ("crbp", "textbook")]
+        ratio = _spread(row["speedup"], unit="×", bold=True)
+        body.append([f"{side}×{side}", f"{row['steps']}", *seconds, ratio, WANTED[side]])
     return markdown(("kernel", "N", "crbp", "textbook", "ratio", "wanted"), body)
 
 
@@ -95,16 +87,16 @@ def scaling(part: Numbers) -> str:
     return markdown(("", "crbp", "textbook", "ratio at the ends"), body)
 
 
-def _spread(found: Numbers, shown: Callable[[float], str], *, unit: str = "", bold: bool = False) -> str:
-    median = shown(found["median"]) + unit
-    return f"{f'**{median}**' if bold else median} ({shown(found['min'])} to {shown(found['max'])})"
+def _spread(found: Numbers, *, unit: str, bold: bool = False) -> str:
+    median = _three(found["median"]) + unit
+    return f"{f'**{median}**' if bold else median} ({_three(found['min'])} to {_three(found['max'])})"
 
 
 def _three(value: float) -> str:
-    """Three digits, the last of which may be a zero."""
-    if value >= 1000:
-        return f"{round(value, -1):,.0f}".replace(",", " ")
-    return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
+    """Three digits, at most two of them decimals."""
+    rounded = float(f"{value:.3g}")
+    decimals = next((places for places, least in ((0, 100), (1, 10)) if rounded >= least), 2)
+    return f"{rounded:,.{decimals}f}".replace(",", " ")
 
 
 def read(folder: Path) -> dict[str, Numbers]:

@@ -76,7 +76,9 @@ def test_every_number_is_that_of_the_model_on_the_same_images(
     assert f"{found['models']['tiny']['f1_at_4n']:.3f}" in told
 
 
-def test_what_a_model_was_trained_on_need_not_be_there_where_a_task_is_chosen(tmp_path: Path) -> None:
+def test_what_a_model_was_trained_on_need_not_be_there_where_a_task_is_chosen(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = {"class_path": "crbp.tasks.Folders", "init_args": {"val": str(tmp_path / "moved away")}}
     other = {"data": {"class_path": "crbp.tasks.ContourData", "init_args": {"source": folder}}}
     files = [
@@ -85,7 +87,9 @@ def test_what_a_model_was_trained_on_need_not_be_there_where_a_task_is_chosen(tm
     arguments = ["--images", "4", "--out", str(tmp_path / "out")]
     assert main(["compare", *files, *arguments, "--preset", "mini"]) == 0
     assert [model["task"] for model in compared(tmp_path / "out")["models"].values()] == ["mini", "Folders"]
+    capsys.readouterr()
     assert main(["compare", *files, *arguments]) == 2  # their size is not known
+    assert "moved away" in capsys.readouterr().err
 
 
 def test_models_of_one_name_are_told_apart_and_images_can_be_chosen(tmp_path: Path) -> None:

@@ -57,10 +57,12 @@ def test_late_radii_are_those_of_the_state_after_so_many_steps(monkeypatch):
         assert converged[part].tolist() == wanted.converged.tolist()
 
 
+@pytest.mark.parametrize("method", ["direct", "fft"])  # by FFT two images are transformed together
 @pytest.mark.parametrize("spoilt", [[1], [0, 3, 4], [0, 1, 2, 3, 4]])
-def test_an_image_whose_state_is_not_finite_has_the_radius_inf_and_leaves_the_others_alone(monkeypatch, spoilt):
+def test_an_image_whose_state_is_not_finite_has_the_radius_inf_and_leaves_the_others_alone(monkeypatch, spoilt, method):
     monkeypatch.setattr("crbp.analysis.trajectory.BATCH", 3)
-    net, (image, _) = _net(), _images()
+    net, (image, _) = PathfinderNet(crbp.cells.HGRU(8, 5, norm_scale=1.0), crbp.Evolve(steps=3)), _images()
+    net.cell.inhibition.method = net.cell.excitation.method = method
     image[spoilt] = torch.nan
     radius, converged = late_radius(net, image, steps=4)
     assert radius.isinf().tolist() == [k in spoilt for k in range(5)]

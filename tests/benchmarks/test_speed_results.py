@@ -23,13 +23,25 @@ def test_the_page_has_what_was_measured(script: Any) -> None:
     assert script.with_tables(page, tables) == page
 
 
-def test_a_table_that_nothing_is_known_of_is_named(script: Any) -> None:
+def test_a_table_that_nothing_is_known_of_or_that_has_no_place_is_named(script: Any) -> None:
     with pytest.raises(KeyError, match="prices"):
         script.with_tables("<!-- table prices -->\n<!-- end -->\n", {})
+    with pytest.raises(KeyError, match="no place for prices"):
+        script.with_tables("", {"prices": ""})
 
 
 @pytest.mark.parametrize(
-    ("value", "shown"), [(0.1684, "0.17"), (6.1026, "6.10"), (13.677, "13.7"), (641.2, "641"), (3139.7, "3 140")]
+    ("value", "shown"),
+    [
+        (0.1684, "0.17"),
+        (6.1026, "6.10"),
+        (9.996, "10.0"),
+        (13.677, "13.7"),
+        (99.96, "100"),
+        (641.2, "641"),
+        (999.6, "1 000"),
+        (3139.7, "3 140"),
+    ],
 )
-def test_three_digits(script: Any, value: float, shown: str) -> None:
+def test_three_digits_at_most_two_of_them_decimals(script: Any, value: float, shown: str) -> None:
     assert script._three(value) == shown

@@ -23,6 +23,7 @@ CASES = [
     ((1, 2, 2), (50, 27), (9, 9), (60, 16)),
     ((2, 3, 2), (5, 80), (3, 13), (8, 100)),
     ((1, 2, 3), (3, 4), (9, 7), (10, 8)),
+    ((2, 120, 130), (9, 8), (3, 5), (10, 10)),
 ]
 
 
@@ -146,9 +147,11 @@ def test_nothing_is_compiled_where_it_would_not_be_used(no_library_yet: Path) ->
 
 
 def test_many_channels_are_left_to_a_library() -> None:
-    assert not spectral.native_suits(torch.device("cpu"), 256, 256)
+    assert spectral.native_suits(torch.device("cpu"), 128, 128)
+    assert not spectral.native_suits(torch.device("cpu"), 128, 129)
     assert not spectral.native_suits(torch.device("cuda"), 8, 8)
-    image, weight = torch.randn(1, 80, 8, 8), torch.randn(80, 80, 3, 3)
+    image, weight = torch.randn(1, 130, 8, 8), torch.randn(130, 130, 3, 3)
+    assert not convolution._frames(image, weight)[0][1].native
     torch.testing.assert_close(
         ops.conv2d(image, weight, method="fft"), ops.conv2d(image, weight, method="direct"), rtol=1e-4, atol=1e-3
     )

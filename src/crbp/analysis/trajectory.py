@@ -114,18 +114,25 @@ def late_radius(net: PathfinderNet, image: Tensor, *, steps: int, seed: int = 0)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", crbp.DivergenceWarning)  # told by the radius
                 run = net(image[places], steps=steps).run
-            finite = torch.stack([leaf.isfinite().flatten(1).all(1) for leaf in flatten_state(run.state)[0]]).all(0)
-            if not bool(finite.all()):
-                places = places[finite]
-                if len(places) == 0:
-                    continue
-                run = net(image[places], steps=steps).run
+                if not bool(_finite(run).all()):
+                    # One by one: by FFT what is not finite spreads to the other image of a pair.
+                    alone = [_finite(net(image[place][None], steps=steps).run) for place in places]
+                    places = places[torch.cat(alone)]
+                    if len(places) == 0:
+                        continue
+                    run = net(image[places], steps=steps).run
             generator = torch.Generator(image.device).manual_seed(seed)
             found = crbp.spectral_radius(run, per_sample=True, generator=generator)
-            radius[places.cpu()], converged[places.cpu()] = found.radius.cpu(), found.converged.cpu()
+            places, good = places.cpu(), found.radius.isfinite().cpu()
+            radius[places[good]], converged[places[good]] = found.radius.cpu()[good], found.converged.cpu()[good]
     finally:
         net.evolve = kept
     return radius, converged
+
+
+def _finite(run: Any) -> Tensor:
+    """Whether the state of each image is finite, ``(B,)``."""
+    return torch.stack([leaf.isfinite().flatten(1).all(1) for leaf in flatten_state(run.state)[0]]).all(0)
 
 
 def penalty_curve(net: PathfinderNet, image: Tensor, *, steps: int, bound: float = 0.9) -> Tensor:

@@ -29,8 +29,9 @@ def conv2d(image: Tensor, weight: Tensor, bias: Tensor | None = None, *, method:
     back: the cost hardly depends on the kernel's size. Inside `shared_spectra`, which `crbp.Evolve` opens for each
     run, a kernel is transformed once. By native code two images, or two parts of one, are transformed together:
     rounding errors are relative to the larger values of the two, and what is not finite spreads over both. Winograd's
-    method takes a quarter of the products of the direct sum with 3×3 kernels. Both can be differentiated any number of
-    times, but not batched by ``vmap``.
+    method takes a quarter of the products of the direct sum with 3×3 kernels; its rounding errors are larger than
+    those, in float32 1e-6 of the result's norm with 25 channels and 3e-6 with 256, and what is not finite spreads over
+    the 4×4 tiles that see it. Both can be differentiated any number of times, but not batched by ``vmap``.
 
     Args:
         image: ``(B, C, H, W)``.
@@ -203,9 +204,9 @@ def _kept(weight: Tensor) -> bool:
     return _shared.spectra is not None and lasting and not weight.is_inference()
 
 
-def _kernels_of(weight: Tensor) -> winograd.Kernels:
+def _kernels_of(weight: Tensor) -> winograd.Kernels | None:
     if not _kept(weight):
-        return winograd.Kernels()
+        return None
     return _shared.kernels.setdefault((id(weight), weight._version), (winograd.Kernels(), weight))[0]
 
 

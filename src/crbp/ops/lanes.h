@@ -23,9 +23,9 @@ template <class T> struct Types {
     typedef T Unaligned __attribute__((vector_size(BYTES), aligned(sizeof(T)), may_alias));
 };
 
-#define TYPES(T)                    \
-    typedef typename Types<T>::V V; \
-    constexpr int64_t W = Types<T>::W
+#define TYPES(T)                                     \
+    [[maybe_unused]] typedef typename Types<T>::V V; \
+    [[maybe_unused]] constexpr int64_t W = Types<T>::W
 
 template <class T> typename Types<T>::V load(const T* from) {
     return *reinterpret_cast<const typename Types<T>::Unaligned*>(from);

@@ -71,11 +71,11 @@ template <class V> void analyse(const V* x, int64_t step, V* y) {
 
 template <class V> void synthesise(const V* x, int64_t step, V* y) {
     const V sum = x[step] + x[2 * step], difference = x[step] - x[2 * step];
-    const V twice = x[3 * step] + x[4 * step], apart = x[3 * step] - x[4 * step];
+    const V twice = x[3 * step] + x[4 * step], rest = x[3 * step] - x[4 * step];
     y[0] = x[0] + sum + twice;
-    y[1] = difference + 2 * apart;
+    y[1] = difference + 2 * rest;
     y[2] = sum + 4 * twice;
-    y[3] = difference + 8 * apart + x[5 * step];
+    y[3] = difference + 8 * rest + x[5 * step];
 }
 
 // ---- Panels of N vectors of tiles ------------------------------------------------------------------------------------

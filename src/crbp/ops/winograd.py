@@ -9,7 +9,6 @@ Source: Lavin and Gray, Fast algorithms for convolutional neural networks, CVPR 
 from __future__ import annotations
 
 import ctypes
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -42,7 +41,10 @@ def cost(images: int, height: int, width: int, inputs: int, outputs: int, thread
 
 
 class Kernels:
-    """``G w Gᵀ`` of the kernels of one layer and of those turned round, computed when they are first asked for."""
+    """``G w Gᵀ`` of the kernels of one layer and of those turned round, computed when they are first asked for.
+
+    They are kept for the run, eight times the weight, which `crbp.activation_memory` does not count.
+    """
 
     def __init__(self) -> None:
         self._found: dict[bool, Tensor] = {}
@@ -55,9 +57,9 @@ class Kernels:
         return self._found[reverse]
 
 
-def correlate(image: Tensor, weight: Tensor, kernels: Kernels | None = None) -> Tensor:
+def correlate(image: Tensor, weight: Tensor, kernels: Kernels | None) -> Tensor:
     """``(B, C, H, W)`` and ``(O, C, 3, 3)`` to ``(B, O, H, W)``; a weight of several uses comes with its `Kernels`."""
-    result: Tensor = _Winograd.apply(image, weight, kernels or Kernels(), False)
+    result: Tensor = _Winograd.apply(image, weight, kernels, False)
     return result
 
 
@@ -68,8 +70,8 @@ class _Winograd(torch.autograd.Function):
     """``(B, C, H, W)`` and a weight to ``(B, O, H, W)``; in reverse, ``(B, O, H, W)`` to ``(B, C, H, W)``."""
 
     @staticmethod
-    def forward(image: Tensor, weight: Tensor, kernels: Kernels, reverse: bool) -> Tensor:
-        found: Tensor = _correlate(image, kernels.of(weight, reverse))
+    def forward(image: Tensor, weight: Tensor, kernels: Kernels | None, reverse: bool) -> Tensor:
+        found: Tensor = _correlate(image, (kernels or Kernels()).of(weight, reverse))
         return found
 
     @staticmethod
@@ -100,23 +102,24 @@ def _transformed(weight: Tensor) -> Tensor:
     """``G w Gᵀ`` of every kernel, ``(36, O, C)``."""
     outputs, inputs = weight.shape[:2]
     with torch.autocast(weight.device.type, enabled=False):
-        return (_both(weight.dtype) @ weight.reshape(outputs * inputs, 9).mT).view(POINTS, outputs, inputs)
+        both = torch.tensor(_BOTH, dtype=weight.dtype, device="cpu")
+        return (both @ weight.reshape(outputs * inputs, 9).mT).view(POINTS, outputs, inputs)
 
 
-@lru_cache
-def _both(dtype: torch.dtype) -> Tensor:
-    """``G ⊗ G``, for the points 0, ±1, ±2 and infinity, ``(36, 9)``."""
-    rows = [[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]]
-    points = torch.tensor(rows, dtype=torch.float64, device="cpu") / 24
-    return torch.kron(points, points).to(dtype)
+# ``24 G`` for the points 0, ±1, ±2 and infinity, and ``G ⊗ G``, ``(36, 9)``; a tensor that is kept would be what it was
+# first made as, under a `FakeTensorMode` as well.
+_ROWS = ((6, 0, 0), (-4, -4, -4), (-4, 4, -4), (1, 2, 4), (1, -2, 4), (0, 0, 24))
+_BOTH = [[p * q / 24**2 for p in down for q in across] for down in _ROWS for across in _ROWS]
 
 
 @torch.library.custom_op("crbp::winograd", mutates_args=(), device_types="cpu")
 def _correlate(image: Tensor, kernels: Tensor) -> Tensor:
     images, inputs, height, width = image.shape
     outputs, dtype = kernels.shape[1], image.dtype
-    if kernels.dtype != dtype:
-        raise TypeError(f"image and kernel must have one dtype, not {dtype} and {kernels.dtype}")
+    if kernels.dtype != dtype or dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"image and kernel must both be of float32 or of float64, not of {dtype} and {kernels.dtype}")
+    if kernels.shape != (POINTS, outputs, inputs):
+        raise ValueError(f"kernels for {inputs} channels are ({POINTS}, O, {inputs}), not {tuple(kernels.shape)}")
     result = image.new_empty(images, outputs, height, width)
     if result.numel() == 0:
         return result
