@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from crbp._checks import count
 from crbp.cells._parts import Norm, check_cell, make_norm
 from crbp.models.pathfinder import Prediction, make_readout
+from crbp.ops import Conv2d
 
 
 class FeedForwardNet(nn.Module):
@@ -43,7 +44,7 @@ class FeedForwardNet(nn.Module):
             raise ValueError(f"depth must be at most 1000, not {depth}")
         layers = [nn.Conv2d(1, channels, 7, padding="same", bias=False), make_norm(norm, channels)]
         for _ in range(depth):
-            conv = nn.Conv2d(channels, channels, kernel_size, padding="same")
+            conv = Conv2d(channels, channels, kernel_size, bias=True)
             layers += [conv, make_norm(norm, channels), nn.ReLU()]
         self.layers = nn.Sequential(*layers)
         self.readout = make_readout(channels, target_share)
