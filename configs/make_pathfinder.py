@@ -51,7 +51,8 @@ SMALL_STEPS = {
 }  # N of the methods that need a steady state, by length of contour; the others take 6
 SMALL_LEAD_IN = {5: {3: 1_280}, 9: {3: 1_280, 6: 2_560}, 14: {3: 1_280, 6: 2_560, 10: 2_560}}  # dashes: images
 SMALL_SIZE = {5: 8_000, 9: 12_800, 14: 16_000}  # images seen in training
-SMALL_FAR = 20  # steps from which on batches are not run far beyond N: that makes a model that arrives after N, too
+SMALL_FAR = 20  # with more steps than these a model arrives after N, unless what makes it settle is weaker
+SMALL_SOONER = {"beyond": 0.5, "growth": 0.2}
 SMALL_LONG = 24_000  # images seen where training goes on
 SMALL_HORIZON = 12  # longest time constant of the gates, in steps: slower ones make a model that arrives after N
 SMALL_SIDES = {5: {3: 20, 5: 12, 9: 8}, 14: {3: 48}}  # steps of C-RBP for each length of contour and kernel size
@@ -107,13 +108,13 @@ MINI = Scale(
 )
 
 
-def settling(steps: int, *, beyond: float = 2) -> dict[str, Any]:
+def settling(steps: int, *, beyond: float = 2, growth: float = 1.0) -> dict[str, Any]:
     """What keeps dynamics stable through late training: `crbp.tasks.ContourTask` has the same by default.
 
-    Half of the batches are run for up to ``beyond`` times N more than N steps.
+    Half of the batches are run for up to ``beyond`` times N more than N steps; ``growth`` is the weight of that penalty.
     """
     jitter = round(beyond * steps)
-    return {"penalty_ramp": 0.8, "residual_weight": 1.0, "spectral_weight": 1.0, "step_jitter": jitter}
+    return {"penalty_ramp": 0.8, "residual_weight": 1.0, "spectral_weight": growth, "step_jitter": jitter}
 
 
 def cell(scale: Scale, kind: str, kernel_size: int, steps: int) -> dict[str, Any]:
@@ -213,7 +214,7 @@ def small(length: int, steps: int) -> Scale:
         terms=max(6, steps // 2),
         fused=True,
         horizon=SMALL_HORIZON,
-        contracting=settling(steps, beyond=2 if steps <= SMALL_FAR else 0.5),
+        contracting=settling(steps, **({} if steps <= SMALL_FAR else SMALL_SOONER)),
     )
 
 
