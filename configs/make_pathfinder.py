@@ -111,7 +111,7 @@ MINI = Scale(
 def settling(steps: int, *, beyond: float = 2, growth: float = 1.0) -> dict[str, Any]:
     """What keeps dynamics stable through late training: `crbp.tasks.ContourTask` has the same by default.
 
-    Half of the batches are run for up to ``beyond`` times N more than N steps; ``growth`` is the weight of that penalty.
+    Half of the batches are run for up to ``beyond`` times N more than N steps; ``growth`` is the weight of its penalty.
     """
     jitter = round(beyond * steps)
     return {"penalty_ramp": 0.8, "residual_weight": 1.0, "spectral_weight": growth, "step_jitter": jitter}
