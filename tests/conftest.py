@@ -15,13 +15,15 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
-def _alike():
-    """Each test starts alike: a command that an earlier one ran may have drawn numbers or set the threads.
+def _alike(monkeypatch):
+    """Each test starts alike, whatever a command that an earlier one ran has left in this process.
 
-    Tests that fork need the one thread: others are not in the child, which would wait for them.
+    Tests that fork need the one thread: others are not in the child, which would wait for them. A seed that Lightning
+    has put into the environment is taken again by the processes it starts, and by them alone.
     """
     torch.manual_seed(0)
     torch.set_num_threads(1)
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
 
 
 @pytest.fixture
