@@ -5,16 +5,14 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import subprocess
 import sys
-import traceback
-import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from crbp.cli import main
 from crbp.tasks import load_net
 
 MINI = str(Path(__file__).parents[1] / "configs" / "pathfinder" / "mini_hgru_crbp.yaml")
@@ -28,34 +26,24 @@ TINY = [
 RUN = Path("runs", "mini_hgru_crbp", "version_0")
 
 pytestmark = [
-    pytest.mark.skipif(sys.platform != "linux", reason="forks its processes"),
+    pytest.mark.skipif(sys.platform != "linux", reason="limits its processes"),
     pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning"),
 ]
 
 
 def told(folder: Path, *arguments: str, limit: int = resource.RLIM_INFINITY) -> tuple[int, str]:
     """Exit status and last line of a command in a process in which no file may grow beyond a limit."""
-    receive, send = os.pipe()  # a file for what it says could not grow either
-    if (pid := os.fork()) == 0:
-        code = 70
-        try:
-            os.chdir(folder)
-            os.dup2(send, 1)
-            os.dup2(send, 2)
-            sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
-            warnings.simplefilter("default")  # as in a process of its own, not as in the tests
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write then fails, as one to a full disk does
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-            code = main(arguments)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    os.close(send)
-    with os.fdopen(receive) as said:
-        lines = said.read().splitlines()
-    _, status = os.waitpid(pid, 0)
-    return os.waitstatus_to_exitcode(status), lines[-1] if lines else ""
+
+    def limited() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write then fails, as one to a full disk does
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+
+    done = subprocess.run(
+        [sys.executable, "-m", "crbp.cli", *arguments], cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=limited,
+    )  # fmt: skip
+    lines = done.stdout.splitlines()
+    return done.returncode, lines[-1] if lines else ""
 
 
 @pytest.fixture(scope="module")
