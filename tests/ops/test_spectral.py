@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from beside_direct import assert_direct, relative
 from torch import Tensor
 
 import crbp
@@ -27,10 +28,6 @@ CASES = [
 ]
 
 
-def relative(got: Tensor, wanted: Tensor) -> float:
-    return float((got - wanted).norm() / wanted.norm())
-
-
 @needs_compiler
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize(("dtype", "precision"), [(torch.float32, 3e-6), (torch.float64, 1e-14)])
@@ -44,21 +41,13 @@ def test_native_correlations_are_direct_ones_with_their_gradients(
     weight = torch.randn(outputs, inputs, *kernel, dtype=dtype, requires_grad=True)
     tile = tuple(map(spectral._tile, image_size, plane, kernel))
     frame = spectral.Frame(plane, tile, kernel, native=True)  # type: ignore[arg-type]
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        ours = spectral.correlate(image, spectral.spectrum(weight, frame), frame, outputs)
-        theirs = F.conv2d(image, weight, padding="same")
-        assert relative(ours.detach(), theirs.detach()) < precision
-        gradient = torch.randn_like(theirs)
-        for got, wanted in zip(
-            torch.autograd.grad(ours, (image, weight), gradient),
-            torch.autograd.grad(theirs, (image, weight), gradient),
-            strict=True,
-        ):
-            assert relative(got, wanted) < precision
-    finally:
-        torch.set_num_threads(before)
+    assert_direct(
+        lambda image, weight: spectral.correlate(image, spectral.spectrum(weight, frame), frame, outputs),
+        image,
+        weight,
+        precision=precision,
+        threads=threads,
+    )
 
 
 @needs_compiler

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from beside_direct import assert_direct
 from torch import Tensor
 
 import crbp
@@ -31,10 +32,6 @@ def by_winograd(image: Tensor, weight: Tensor) -> Tensor:
     return ops.conv2d(image, weight, method="winograd")
 
 
-def relative(got: Tensor, wanted: Tensor) -> float:
-    return float((got - wanted).norm() / wanted.norm())
-
-
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize(("dtype", "precision"), [(torch.float32, 5e-6), (torch.float64, 1e-14)])
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -45,20 +42,7 @@ def test_it_is_the_direct_sum_with_its_gradients(
     torch.manual_seed(0)
     image = torch.randn(images, inputs, *size, dtype=dtype, requires_grad=True)
     weight = torch.randn(outputs, inputs, 3, 3, dtype=dtype, requires_grad=True)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        ours, theirs = by_winograd(image, weight), F.conv2d(image, weight, padding="same")
-        assert relative(ours.detach(), theirs.detach()) < precision
-        gradient = torch.randn_like(theirs)
-        for got, wanted in zip(
-            torch.autograd.grad(ours, (image, weight), gradient),
-            torch.autograd.grad(theirs, (image, weight), gradient),
-            strict=True,
-        ):
-            assert relative(got, wanted) < precision
-    finally:
-        torch.set_num_threads(before)
+    assert_direct(by_winograd, image, weight, precision=precision, threads=threads)
 
 
 def test_every_number_of_vectors_of_a_panel_is_among_the_cases() -> None:
