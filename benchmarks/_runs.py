@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from crbp.bench.measure import environment
 
@@ -47,6 +48,8 @@ def train(config: Path, seed: int, out: Path, analyse: Analyse) -> None:
         return
     run.mkdir(parents=True, exist_ok=True)
     arguments = ["fit", "--config", config, "--trainer.enable_progress_bar", "false"]
+    if started := started_from(config):
+        arguments += ["--model.init_args.weights", out / started.relative_to("runs")]
     arguments += ["--seed_everything", str(seed), "--data.init_args.seed", str(seed)]
     arguments += ["--trainer.logger.init_args.save_dir", out, "--trainer.logger.init_args.name", name]
     arguments += ["--trainer.logger.init_args.version", "version_0"]
@@ -66,6 +69,12 @@ def train(config: Path, seed: int, out: Path, analyse: Analyse) -> None:
     print(f"{name} done in {seconds:.0f} s", flush=True)
 
 
+def started_from(config: Path) -> Path | None:
+    """The weights of another row, ``runs/NAME/version_0/…``, that a row starts from, if any."""
+    weights = yaml.safe_load(config.read_text())["model"]["init_args"].get("weights")
+    return Path(weights) if str(weights).startswith("runs/") else None
+
+
 def label(name: str, seed: int) -> str:
     """The name of a row's run."""
     return name if seed == 0 else f"{name}_seed{seed}"
@@ -78,10 +87,13 @@ def train_all(description: str | None, configs: Path, analyse: Analyse) -> None:
     parser.add_argument("--jobs", type=int, default=1, help="rows at a time, each on one core")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    out = options.runs.resolve()
+    out, found = options.runs.resolve(), wanted(configs, options)
+    for first in dict.fromkeys(
+        start.parts[1] for name, _ in found if (start := started_from(configs / f"{name}.yaml"))
+    ):
+        train(configs / f"{first}.yaml", 0, out, analyse)
     with ThreadPoolExecutor(options.jobs) as pool:
-        wanted_rows = wanted(configs, options)
-        list(pool.map(lambda row: train(configs / f"{row[0]}.yaml", row[1], out, analyse), wanted_rows))
+        list(pool.map(lambda row: train(configs / f"{row[0]}.yaml", row[1], out, analyse), found))
 
 
 def add_rows(parser: argparse.ArgumentParser) -> None:

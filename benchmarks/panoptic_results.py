@@ -2,7 +2,8 @@
 
     python benchmarks/panoptic_results.py 'shapes_*' --seeds 0 1 --out results/panoptic
 
-Reads the runs of `panoptic.py`; rows that are not finished are left out.
+Reads the runs of `panoptic.py`, and writes all that was measured of them to `shapes.csv`; rows that are not finished
+are left out.
 """
 
 from __future__ import annotations
@@ -10,15 +11,17 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from _runs import ROOT, add_rows, label, wanted
+from _tables import markdown, with_tables
 from matplotlib.figure import Figure
 from panoptic import CONFIGS
 
+Line = dict[str, str]  # of the table of all that was measured
 QUALITIES = ("pq", "sq", "rq", "pq_things", "pq_stuff", "box_ap", "mask_ap")
 COLUMNS = ("row", "seed", "trained_steps", "parameters", "images", "steps", *QUALITIES, "seconds", "commit")
 METHODS = {
@@ -45,26 +48,75 @@ def collect(run: Path) -> list[dict[str, Any]]:
     return [line | each for each in found["quality"]]
 
 
-def figure(lines: Iterable[dict[str, Any]]) -> Figure:
+def figure(lines: Iterable[Line]) -> Figure:
     """Panoptic quality against the steps of the mask head, a curve for each run; Panoptic FPN's is level."""
     drawn = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = drawn.subplots()
-    curves: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    for line in lines:
-        curves.setdefault((line["row"].split("_", 1)[1], line["seed"]), []).append(line)
-    for (method, seed), curve in curves.items():
-        name, colour = METHODS[method]
-        shown = name if seed == min(seed for other, seed in curves if other == method) else None
-        if curve[0]["steps"] is None:
-            axes.axhline(curve[0]["pq"], color=colour, linestyle="--", label=shown)
+    named = set()
+    for curve in runs(lines):
+        name, colour = METHODS[method(curve[0])]
+        shown = None if name in named else name
+        named.add(name)
+        quality = [100 * float(line["pq"]) for line in curve]
+        if not curve[0]["steps"]:
+            axes.axhline(quality[0], color=colour, linestyle="--", label=shown)
             continue
-        axes.plot([line["steps"] for line in curve], [line["pq"] for line in curve], color=colour, label=shown)
-        (at_n,) = (line for line in curve if line["steps"] == line["trained_steps"])
-        axes.plot(at_n["steps"], at_n["pq"], "o", color=colour, markersize=5)
+        axes.plot([int(line["steps"]) for line in curve], quality, color=colour, label=shown)
+        axes.plot(int(at_end(curve)["steps"]), 100 * float(at_end(curve)["pq"]), "o", color=colour, markersize=5)
     axes.set(xlabel="steps of the mask head (dots: those trained for)", ylabel="PQ on held-out images")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
     return drawn
+
+
+def table(lines: Iterable[Line]) -> str:
+    """A row for each method, the values of its seeds side by side."""
+    found: dict[str, list[list[Line]]] = {name: [] for name in METHODS}
+    for curve in runs(lines):
+        found[method(curve[0])].append(curve)
+    body = []
+    for name, curves in found.items():
+        if not curves:
+            continue
+        ends = [at_end(curve) for curve in curves]
+        best = [max(curve, key=lambda line: float(line["pq"])) for curve in curves]
+        shown = [side_by_side(each[quality] for each in ends) for quality in ("pq", "pq_things", "pq_stuff", "mask_ap")]
+        above = side_by_side(each["pq"] for each in best) if ends[0]["steps"] else ""
+        last = side_by_side(curve[-1]["pq"] for curve in curves) if ends[0]["steps"] else ""
+        body.append([METHODS[name][0], f"{int(ends[0]['parameters']):,}", *shown, above, last])
+    return markdown(
+        ("", "parameters", "PQ at N", "PQ things", "PQ stuff", "mask AP", "best PQ at any step", "PQ at 30 steps"), body
+    )
+
+
+def runs(lines: Iterable[Line]) -> list[list[Line]]:
+    """The lines of each run, by rising number of steps."""
+    found: dict[tuple[str, str], list[Line]] = {}
+    for line in lines:
+        found.setdefault((line["row"], line["seed"]), []).append(line)
+    return list(found.values())
+
+
+def method(line: Line) -> str:
+    """What a run was trained by: the row's name without the task."""
+    return line["row"].split("_", 1)[1]
+
+
+def at_end(curve: Sequence[Line]) -> Line:
+    """What was measured with the number of steps that a run was trained for."""
+    (found,) = (line for line in curve if line["steps"] == line["trained_steps"])
+    return found
+
+
+def side_by_side(values: Iterable[str]) -> str:
+    """Percentages of several seeds."""
+    return ", ".join(f"{100 * float(value):.1f}" for value in values)
+
+
+def read(file: Path) -> list[Line]:
+    """The lines of a table that has been written."""
+    with file.open(newline="") as rows:
+        return list(csv.DictReader(rows))
 
 
 def main() -> None:
@@ -73,16 +125,18 @@ def main() -> None:
     add_rows(parser)
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "panoptic")
     options = parser.parse_args()
-    runs = (options.runs.resolve() / label(*row) / "version_0" for row in wanted(CONFIGS, options))
-    lines = [line for run in runs for line in collect(run)]
+    folders = (options.runs.resolve() / label(*row) / "version_0" for row in wanted(CONFIGS, options))
+    lines = [line for run in folders for line in collect(run)]
     if not lines:
         raise SystemExit("no finished run was found; panoptic.py trains them, --runs says where they are")
     options.out.mkdir(parents=True, exist_ok=True)
     with (options.out / "shapes.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in line.items()} for line in lines)
-    figure(lines).savefig(options.out / "steps.png", dpi=140)
+    written, page = read(options.out / "shapes.csv"), options.out / "README.md"
+    figure(written).savefig(options.out / "steps.png", dpi=140)
+    page.write_text(with_tables(page.read_text(), {"shapes": table(written)}))
     print(f"{len(lines)} lines in {options.out}")
 
 

@@ -1,8 +1,8 @@
-"""Set the tables of the page on speed from the files that `crbp bench` has written.
+"""Set the tables of the page on speed from what `crbp bench` has written.
 
     python benchmarks/speed_results.py [FOLDER]
 
-Without a folder those are of `results/speed`. Each file has one part, of a commit of its own.
+Without a folder that is `results/speed`.
 """
 
 from __future__ import annotations
@@ -16,22 +16,21 @@ from _runs import ROOT
 from _tables import markdown, with_tables
 
 Numbers = dict[str, Any]
-FILES = ("kernels", "memory", "memory_crbp", "solvers", "scaling")
 STEPS = (5, 20, 100, 500)
 PRODUCTS = (1, 5, 9, 13, 17, 21, 29, 37)
 METHODS = {
     "BPTT": "BPTT", "CheckpointedBPTT": "checkpointed BPTT", "TruncatedBPTT": "truncated BPTT, 5 steps", "RBP": "RBP",
-    "OneStep": "one step", "Phantom": "phantom, 5 steps",
+    "C-RBP": "**C-RBP**", "OneStep": "one step", "Phantom": "phantom, 5 steps",
 }  # fmt: skip
 WANTED = {3: "never slower, 2×", 5: "never slower", 9: "never slower"}  # by the side of the kernel
 AXES = {"batch": "batch", "image": "image side", "channels": "channels"}
 
 
 def tables(parts: dict[str, Numbers]) -> dict[str, str]:
-    """The tables of the page by name, from the parts by the name of their file."""
+    """The tables of the page by name, from the parts of the benchmark."""
     return {
         "kernels": kernels(parts["kernels"]),
-        "memory": memory(parts["memory"], parts["memory_crbp"]),
+        "memory": memory(parts["memory"]),
         "solvers": solvers(parts["solvers"]),
         "scaling": scaling(parts["scaling"]),
     }
@@ -47,16 +46,11 @@ def kernels(part: Numbers) -> str:
     return markdown(("kernel", "N", "crbp", "textbook", "ratio", "wanted"), body)
 
 
-def memory(part: Numbers, of_one_thread: Numbers) -> str:
-    """MiB that autograd saves, by method and number of steps; C-RBP as measured last, with one thread."""
-    rows = {title: part["methods"][name] for name, title in METHODS.items()}
-    rows |= {
-        "**C-RBP**, with one thread": of_one_thread["methods"]["C-RBP"],
-        "RBP, with one thread": of_one_thread["methods"]["RBP"],
-    }
+def memory(part: Numbers) -> str:
+    """MiB that autograd saves, by method and number of steps."""
     body = []
-    for title, found in rows.items():
-        saved = {row["steps"]: row["saved_bytes"] / 2**20 for row in found["rows"]}
+    for name, title in METHODS.items():
+        saved = {row["steps"]: row["saved_bytes"] / 2**20 for row in part["methods"][name]["rows"]}
         body.append([title, *(_three(saved[steps]) for steps in STEPS)])
     return markdown(("N", *map(str, STEPS)), body)
 
@@ -100,9 +94,9 @@ def _three(value: float) -> str:
 
 
 def read(folder: Path) -> dict[str, Numbers]:
-    """The parts by the name of their file."""
-    found = {name: json.loads((folder / f"{name}.json").read_text())["parts"] for name in FILES}
-    return {name: parts[name.partition("_")[0]] for name, parts in found.items()}
+    """The parts by name."""
+    found: dict[str, Numbers] = json.loads((folder / "bench.json").read_text())["parts"]
+    return found
 
 
 def main() -> None:

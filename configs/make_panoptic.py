@@ -6,7 +6,7 @@ As with `make_pathfinder.py`, the rows are kept here as data and every file runs
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,29 +25,31 @@ METHODS = {
     "crbp5": ("C-RBP", 5), "crbp10": ("C-RBP", 10), "crbp20": ("C-RBP", 20), "rbp20": ("RBP", 20),
 }  # fmt: skip
 TERMS = 15  # of the Neumann series
-SMALL = {  # rows on generated shapes: side of the images, optimiser steps of four images, methods
-    "mini": (192, 3_000, ("fpn", "bptt1", "bptt3", "crbp10", "crbp20")),
-    "shapes": (128, 2_000, ("fpn", "bptt1", "bptt3", "crbp10", "crbp20")),
-}
+SMALL_BOXES = {"channels": 256, "samples": 64, "detections": 50}
+COMPARED = ("fpn", "bptt1", "bptt3", "crbp10", "crbp20")  # on generated shapes
+MASK_HEAD = "roi_heads.mask_head."
+START = "start_shapes"  # the row whose weights those on shapes start from
+START_STEPS, ROW_STEPS = 5_000, 1_000  # of four images
+STOP = 0.01  # relative size of a term at which the series of these rows ends
 
 
-def recurrence(method: str) -> dict[str, Any]:
+def recurrence(method: str, **solver: Any) -> dict[str, Any]:
     """What an R-FPN has beside a Panoptic FPN: how its mask head is run and differentiated."""
     title, steps = METHODS[method]
     gradient = thing("BPTT")
     if title != "BPTT":
-        gradient = thing("RBP", solver=thing("Neumann", terms=TERMS), on_divergence="fallback")
+        gradient = thing("RBP", solver=thing("Neumann", terms=TERMS, **solver), on_divergence="fallback")
     settings: dict[str, Any] = {"evolve": {"steps": steps, "gradient": gradient}}
     if title == "C-RBP":
         settings["penalty"] = thing("tasks.LipschitzPenalty", weight=0.001, bound=0.95, reduction="sum_square")
     return settings
 
 
-def network(method: str, **settings: Any) -> dict[str, Any]:
+def network(method: str, solver: Mapping[str, Any] | None = None, **settings: Any) -> dict[str, Any]:
     """Panoptic FPN, or R-FPN trained by a method."""
     if method == "fpn":
         return thing("models.PanopticFPN", **settings)
-    return thing("models.RFPN", **settings, **recurrence(method))
+    return thing("models.RFPN", **settings, **recurrence(method, **(solver or {})))
 
 
 def coco(method: str, depth: int, times: int) -> dict[str, Any]:
@@ -73,15 +75,16 @@ def coco(method: str, depth: int, times: int) -> dict[str, Any]:
     }
 
 
-def small(method: str, side: int, steps: int) -> dict[str, Any]:
+def small(method: str, side: int, steps: int, *, narrow: bool = False) -> dict[str, Any]:
     """A run on generated shapes, from scratch, on two CPU cores."""
     net = network(
         method,
+        {"tolerance": STOP} if narrow else None,
         depth=18,
         things=10,
         stuff=6,
         # As crbp.models.panoptic.mini_settings has them.
-        backbone={"norm": "group", "channels": 64, "canonical_size": side // 2},
+        backbone={"norm": "group", **({"width": 16} if narrow else {}), "channels": 64, "canonical_size": side // 2},
         proposals={
             "anchor_sizes": [side / 12 * 2 ** (level / 1.25) for level in range(5)],
             "before_nms": 200,
@@ -90,7 +93,7 @@ def small(method: str, side: int, steps: int) -> dict[str, Any]:
             "after_nms_test": 100,
             "samples": 128,
         },
-        boxes={"channels": 256, "samples": 64, "detections": 50},
+        boxes={"channels": 128, "samples": 32, "detections": 50} if narrow else SMALL_BOXES,
         masks={"channels": 64},
         semantic={"channels": 64},
         merge={"stuff_area": side * side // 150},
@@ -114,6 +117,19 @@ def small(method: str, side: int, steps: int) -> dict[str, Any]:
     }
 
 
+def started(method: str) -> dict[str, Any]:
+    """A run on generated shapes that differs from others in its mask head alone, the one part that starts anew."""
+    made = small(method, 128, ROW_STEPS, narrow=True)
+    made["trainer"]["val_check_interval"] = 1.0
+    made["model"]["init_args"] |= {
+        "average_precision": False,
+        "weights": f"runs/{START}/version_0/weights/last.safetensors",
+        "anew": [MASK_HEAD],
+    }
+    made["data"]["init_args"]["source"]["init_args"]["seed"] = 1  # no image of those that the weights have seen
+    return made
+
+
 def named(method: str) -> str:
     """What a row is called in its file's first line."""
     if method == "fpn":
@@ -130,11 +146,13 @@ def rows() -> Iterator[tuple[str, str, dict[str, Any]]]:
     for method in ("fpn", "crbp20"):
         name = "fpn_r101_3x" if method == "fpn" else f"rfpn_r101_{method}_3x"
         yield name, f"COCO, ResNet-101, {named(method)}, 3× schedule", coco(method, 101, 3)
-    for family, (side, steps, methods) in SMALL.items():
-        for method in methods:
-            name = f"{family}_fpn" if method == "fpn" else f"{family}_rfpn_{method}"
-            what = f"Generated shapes of {side} pixels, ResNet-18, {named(method)}; on two CPU cores"
-            yield name, what, small(method, side, steps)
+    shapes = "Generated shapes of 128 pixels, ResNet-18 of a quarter of the width"
+    yield START, f"{shapes}: what the rows shapes_* start from", small("fpn", 128, START_STEPS, narrow=True)
+    for method in COMPARED:
+        name = "fpn" if method == "fpn" else f"rfpn_{method}"
+        what = f"Generated shapes of 192 pixels, ResNet-18, {named(method)}; on two CPU cores"
+        yield f"mini_{name}", what, small(method, 192, 3_000)
+        yield f"shapes_{name}", f"{shapes}, {named(method)}", started(method)
 
 
 def comments(name: str, title: str) -> Iterator[str]:
@@ -142,7 +160,9 @@ def comments(name: str, title: str) -> Iterator[str]:
     yield f"{title}."
     if name in PUBLISHED:
         yield f"Published PQ (Linsley et al., NeurIPS 2020; not at equal images): {PUBLISHED[name]}."
-    root = "" if name.split("_")[0] in SMALL else " --data.source.root FOLDER_OF_COCO"
+    if name.startswith("shapes_"):
+        yield f"It starts from the weights of {START}.yaml, which is to be run before it."
+    root = "" if name.startswith(("mini_", "shapes_", START)) else " --data.source.root FOLDER_OF_COCO"
     yield f"Run it with: crbp fit --config configs/panoptic/{name}.yaml{root}"
     yield "Written by configs/make_panoptic.py, where all rows stand side by side: change it there."
 

@@ -18,11 +18,12 @@ from tiny_shapes import SHAPES, tiny_data, tiny_net, trainer, true_result
 import crbp
 from crbp.data.panoptic import Categories, DataError, write_shapes
 from crbp.metrics import evaluate_panoptic_files
-from crbp.models import PanopticFPN
+from crbp.models import RFPN, FeedForwardNet, PanopticFPN
 from crbp.models.panoptic import PanopticResult, mini_settings
 from crbp.models.panoptic.settings import PixelSettings
-from crbp.tasks import Coco, PanopticBatch, PanopticData, PanopticTask
+from crbp.tasks import Coco, Origin, PanopticBatch, PanopticData, PanopticTask, WeightsError, save_net
 from crbp.tasks.panoptic import segments_info
+from crbp.tasks.weights import build
 
 pytestmark = [
     pytest.mark.filterwarnings(LEAF_SPEC),
@@ -192,6 +193,27 @@ def test_weights_to_start_from_are_taken_once(tmp_path: Path) -> None:
     (tmp_path / "resnet18.pth").unlink()
     task.on_fit_start()  # as a second run of the same task does
     assert all(torch.equal(value, trained[name]) for name, value in net.backbone.state_dict().items())
+
+
+def test_a_recurrent_network_starts_from_weights_of_a_panoptic_fpn(tmp_path: Path) -> None:
+    sizes = {"backbone": {"norm": "group", "width": 16, "channels": 32}, "masks": {"channels": 32}}
+    settings = {"depth": 18, "things": 10, "stuff": 6, **sizes}
+    described = {"class_path": "crbp.models.PanopticFPN", "init_args": settings}
+    fpn = build(PanopticFPN, described, "a network")
+    save_net(fpn.state_dict(), tmp_path / "fpn.safetensors", Origin(net=described))
+    net = build(RFPN, {**described, "class_path": "crbp.models.RFPN"}, "a network")
+    PanopticTask(net, weights=str(tmp_path / "fpn.safetensors"), anew=("roi_heads.mask_head.",)).on_fit_start()
+    given = {name: value for name, value in fpn.state_dict().items() if not name.startswith("roi_heads.mask_head.")}
+    assert all(torch.equal(net.state_dict()[name], value) for name, value in given.items())
+
+
+def test_training_does_not_start_from_weights_of_another_kind_of_network(tmp_path: Path) -> None:
+    described = {"class_path": "crbp.models.FeedForwardNet", "init_args": {"channels": 4, "kernel_size": 3}}
+    net = build(FeedForwardNet, described, "a network")
+    save_net(net.state_dict(), tmp_path / "net.safetensors", Origin(net=described))
+    task = PanopticTask(tiny_net("fpn"), weights=str(tmp_path / "net.safetensors"))
+    with pytest.raises(WeightsError, match=r"net.safetensors holds a FeedForwardNet"):
+        task.on_fit_start()
 
 
 def test_training_images_must_make_a_batch() -> None:

@@ -23,6 +23,7 @@ from crbp.models.panoptic import PanopticResult, load_weights
 from crbp.tasks._backward import log_backward
 from crbp.tasks._resume import ResumableModule
 from crbp.tasks.panoptic_data import PanopticBatch, Truth
+from crbp.tasks.weights import WeightsError, load_net
 
 Optimizer = Literal["sgd", "adamw"]
 Stage = Literal["val", "test"]
@@ -57,8 +58,11 @@ class PanopticTask(ResumableModule):
         milestones: shares of all optimiser steps, rising, at which the rate falls.
         average_precision: measure it in validation and test; it takes about as long as panoptic quality.
         steps: of the mask head's recurrence in validation, test and prediction; None for those it is trained with.
-        weights: to start training from, as `crbp.models.panoptic.load_weights` takes them: a file, or ``"imagenet"``;
-            None to train from scratch.
+        weights: to start training from, as `crbp.models.panoptic.load_weights` takes them: ``"imagenet"``, a file of
+            detectron2's or torchvision's, or a `.safetensors` file that `crbp fit` wrote of either network; None to
+            train from scratch.
+        anew: beginnings of the names of what those weights do not give, and is trained from scratch all the same, such
+            as ``["roi_heads.mask_head."]`` where an R-FPN starts from a Panoptic FPN.
         results: write what a test finds as COCO's server takes it: this JSON, and PNGs in the folder of the same name.
             None for nothing. With several processes each writes its own, its rank in the name.
 
@@ -84,6 +88,7 @@ class PanopticTask(ResumableModule):
         average_precision: bool = True,
         steps: int | None = None,
         weights: str | None = None,
+        anew: tuple[str, ...] = (),
         results: str | None = None,
     ) -> None:
         super().__init__()
@@ -102,13 +107,15 @@ class PanopticTask(ResumableModule):
             count("steps", steps)
             if not isinstance(net, RFPN):
                 raise ValueError(f"steps={steps} needs a recurrent mask head; {type(net).__name__} has none")
+        if anew and weights is None:
+            raise ValueError(f"anew={list(anew)} needs weights to start from; without them everything starts anew")
         self.save_hyperparameters(ignore=["net"])
         self.net = net
         self.optimizer, self.learning_rate, self.reference_batch = optimizer, learning_rate, reference_batch
         self.momentum, self.weight_decay = momentum, weight_decay
         self.warmup_steps, self.milestones = warmup_steps, tuple(milestones)
         self.average_precision, self.steps = average_precision, steps
-        self.weights, self.results = weights, results
+        self.weights, self.anew, self.results = weights, tuple(anew), results
         self._files = ExitStack()
         self._writer: PanopticWriter | None = None
         self._has_weights = False
@@ -134,9 +141,11 @@ class PanopticTask(ResumableModule):
 
         Raises:
             CheckpointError: if they cannot be had or do not fit.
+            WeightsError: if a `.safetensors` file cannot be read.
         """
         if self.weights is not None and not self._has_weights:
-            load_weights(self.net, self.weights)
+            own = self.weights.endswith(".safetensors")
+            load_weights(self.net, _panoptic(self.weights) if own else self.weights, anew=self.anew)
         self._has_weights = True
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -307,6 +316,14 @@ class PanopticTask(ResumableModule):
         for name, value in values.items():
             # All processes hold the same value already; synchronised once more only because Lightning asks for it.
             self.log(f"{stage}/{name}", value, prog_bar=name == "pq", sync_dist=True)
+
+
+def _panoptic(path: str) -> PanopticFPN:
+    """The network of a file of weights, which must be a panoptic one."""
+    net = load_net(path)
+    if not isinstance(net, PanopticFPN):
+        raise WeightsError(f"{path} holds a {type(net).__name__}; a panoptic network starts from a panoptic one")
+    return net
 
 
 def segments_info(result: PanopticResult, categories: Categories) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision.models import ResNet, resnet18
 
 from crbp.models import RFPN, PanopticFPN
-from crbp.models.panoptic import BackboneSettings, CheckpointError, PixelSettings, load_weights
+from crbp.models.panoptic import BackboneSettings, CheckpointError, PixelSettings, ProposalSettings, load_weights
 from crbp.models.panoptic._names import caffe2_name, detectron2_name
 from crbp.models.panoptic._unpickle import read_checkpoint, tensors
 
@@ -369,3 +369,50 @@ def test_imagenet_comes_from_torchvision(monkeypatch):
 def test_files_are_found_by_text_too(tmp_path: Path):
     with pytest.raises(CheckpointError, match="does not exist"):
         load_weights(_empty(), str(tmp_path / "absent.pth"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "other", "anew"),
+    [(RFPN, PanopticFPN, "roi_heads.mask_head."), (PanopticFPN, RFPN, "roi_heads.mask_head."), (RFPN, RFPN, "rpn.")],
+)
+def test_another_network_gives_all_but_what_stays(kind, other, anew):
+    model, source = _model(kind), _model(other)
+    kept, given = {name: value.clone() for name, value in model.state_dict().items()}, source.state_dict()
+    load_weights(model, source, anew=[anew])
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, (kept if name.startswith(anew) else given)[name]), name
+    assert any(name.startswith(anew) for name in kept)
+
+
+def test_a_checkpoint_gives_all_but_what_stays():
+    model, table = _model(RFPN), _theirs(_model(things=4))
+    predictors = ["roi_heads.box_predictor.", "roi_heads.mask_predictor.mask_fcn_logits."]
+    with pytest.raises(CheckpointError, match="name in anew what is to stay"):
+        load_weights(model, table, anew=predictors)
+    kept = {name: value.clone() for name, value in model.state_dict().items()}
+    anew = [*predictors, "roi_heads.mask_head."]
+    load_weights(model, table, anew=anew)
+    for name, value in model.state_dict().items():
+        stays = name.startswith(tuple(anew))
+        assert torch.equal(value, kept[name] if stays else table[detectron2_name(name)].view_as(value)), name
+
+
+def test_what_stays_must_be_there():
+    with pytest.raises(CheckpointError, match=r"begins with 'roi_head\.mask'"):
+        load_weights(_empty(), _empty(), anew=["roi_head.mask"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"things": 4}, "of another shape"),
+        ({"pixels": PixelSettings.torchvision()}, "trained with pixels="),
+        ({"proposals": ProposalSettings(anchor_sizes=(1.0, 2.0, 3.0, 4.0, 5.0))}, "trained with anchors"),
+    ],
+)
+def test_another_network_must_see_and_say_the_same(changes, said):
+    model, source = _model(), _model(**changes)
+    kept = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=said):
+        load_weights(model, source)
+    assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())

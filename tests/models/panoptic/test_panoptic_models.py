@@ -45,8 +45,13 @@ def _batch(objects: int = 2):
 
 @pytest.mark.parametrize(
     "make",
-    [_fpn, lambda: _rfpn(penalty=Penalty()), lambda: _fpn(backbone=BackboneSettings(norm="batch", channels=32))],
-    ids=["fpn", "rfpn", "batchnorm"],
+    [
+        _fpn,
+        lambda: _rfpn(penalty=Penalty()),
+        lambda: _fpn(backbone=BackboneSettings(norm="batch", channels=32)),
+        lambda: _fpn(backbone=BackboneSettings(norm="group", channels=32, width=8)),
+    ],
+    ids=["fpn", "rfpn", "batchnorm", "narrow"],
 )
 def test_a_training_step_from_scratch_reaches_every_parameter(make):
     model = make()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +22,30 @@ _BLOCKS: dict[int, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
     50: (Bottleneck, [3, 4, 6, 3]),
     101: (Bottleneck, [3, 4, 23, 3]),
 }
+
+
+def _group_norm(channels: int) -> nn.GroupNorm:
+    """32 groups, or the most that leave two channels or more in each."""
+    groups = next((each for each in (32, 16, 8, 4, 2) if channels % each == 0 and channels >= 2 * each), 1)
+    return nn.GroupNorm(groups, channels)
+
+
 _NORMS: dict[BackboneNorm, Callable[[int], nn.Module]] = {
     "frozen": FrozenBatchNorm2d,
-    "group": partial(nn.GroupNorm, 32),
+    "group": _group_norm,
     "batch": nn.BatchNorm2d,
 }
+
+
+class ScaledResNet(ResNet):
+    """torchvision's ResNet, whose stages have ``width / 64`` times the channels; its stem keeps its own."""
+
+    def __init__(self, *arguments: Any, width: int, **options: Any) -> None:
+        self._width = width
+        super().__init__(*arguments, **options)
+
+    def _make_layer(self, block: Any, planes: int, *arguments: Any, **options: Any) -> nn.Sequential:
+        return super()._make_layer(block, planes * self._width // 64, *arguments, **options)
 
 
 class Backbone(nn.Module):
@@ -47,11 +66,11 @@ class Backbone(nn.Module):
         if depth not in _BLOCKS:
             raise ValueError(f"depth must be one of {', '.join(map(str, _BLOCKS))}, not {depth!r}")
         block, layers = _BLOCKS[depth]
-        self.body = ResNet(block, layers, norm_layer=_NORMS[settings.norm])
+        self.body = ScaledResNet(block, layers, width=settings.width, norm_layer=_NORMS[settings.norm])
         del self.body.avgpool, self.body.fc
         if settings.stride_in_1x1:
             _stride_first(self.body)
-        widths = [stage * block.expansion for stage in (64, 128, 256, 512)]
+        widths = [settings.width * times * block.expansion for times in (1, 2, 4, 8)]
         self.fpn = FeaturePyramidNetwork(widths, settings.channels, extra_blocks=LastLevelMaxPool())
         self.frozen = settings.frozen
         for modules in self.parts()[: self.frozen]:

@@ -1,8 +1,8 @@
-"""Weights made elsewhere: of detectron2, of the released R-FPN, and of ResNets trained on ImageNet."""
+"""Weights to start from: of detectron2, of the released R-FPN, of ResNets trained on ImageNet, of another network."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -25,50 +25,76 @@ _STATISTICS = ("running_mean", "running_var")
 _COUNTER = "num_batches_tracked"
 
 
-def load_weights(model: PanopticFPN, source: str | Path | Mapping[str, Any]) -> None:
-    """Load weights that were not made by crbp.
+def load_weights(
+    model: PanopticFPN, source: str | Path | Mapping[str, Any] | PanopticFPN, *, anew: Sequence[str] = ()
+) -> None:
+    """Load weights that were made elsewhere.
 
     Of a whole model: a `.pkl` or `.pth` checkpoint of detectron2's Panoptic FPN, or of the released R-FPN. Of its
     ResNet only: MSRA's ImageNet weights as detectron2 has them (`R-50.pkl`, with names such as ``res2_0_branch2a_w``),
-    or torchvision's. Nothing in a file is run: only tensors, arrays and containers are read.
+    or torchvision's. Nothing in a file is run: only tensors, arrays and containers are read. Or of another network,
+    such as `crbp.tasks.load_net` gives. An R-FPN starts from a Panoptic FPN with ``anew=("roi_heads.mask_head.",)``,
+    and a model for other classes with those of its predictors.
 
     Every tensor is accounted for. What detectron2 stores beside the weights, anchors and the scaling of pixels, is
     compared with the model's; the classifier of ImageNet is left out.
 
     Args:
         model: to be changed, on any device.
-        source: a file, the table of tensors itself, or ``"imagenet"`` for torchvision's weights, which are downloaded
-            unless torch's cache has them.
+        source: a file, the table of tensors itself, another network, or ``"imagenet"`` for torchvision's weights, which
+            are downloaded unless torch's cache has them.
+        anew: beginnings of names, as in ``model.state_dict()``, of what stays as it is and may be missing or of another
+            shape in the source.
 
     Raises:
         CheckpointError: if the source cannot be read; if names are unknown, missing, or of other shapes, all of which
-            are listed; or if the weights were trained with another place of the stride or other pixels than the
-            model's. The model is then left as it was.
+            are listed; if nothing has a name that ``anew`` begins; or if the weights were trained with another place of
+            the stride, other pixels or other anchors than the model's. The model is then left as it was.
     """
-    if isinstance(source, Mapping):
-        table = tensors(source)
-    elif str(source) == IMAGENET:
-        table = _download(model.depth)
+    ours, stays = dict(model.state_dict()), tuple(anew)
+    if strange := [each for each in anew if not any(name.startswith(each) for name in ours)]:
+        raise CheckpointError(f"nothing in the model has a name that begins with {', '.join(map(repr, strange))}")
+    if isinstance(source, PanopticFPN):
+        new = _matched(ours, {name: name for name in ours}, _of_network(model, source), stays)
     else:
-        table = tensors(read_checkpoint(Path(source)))
-    ours = dict(model.state_dict())
-    if any(name.startswith(("roi_heads.", "proposal_generator.", "sem_seg_head.")) for name in table):
-        new = _whole(model, ours, table)
-    else:
-        new = _resnet(model, {name: value for name, value in ours.items() if name.startswith(_BODY)}, table)
+        table = _table(model, source)
+        whole = any(name.startswith(("roi_heads.", "proposal_generator.", "sem_seg_head.")) for name in table)
+        new = (_whole if whole else _resnet)(model, ours, table, stays)
     model.load_state_dict(ours | new)
 
 
-def _whole(model: PanopticFPN, ours: Mapping[str, Tensor], table: dict[str, Tensor]) -> dict[str, Tensor]:
+def _table(model: PanopticFPN, source: str | Path | Mapping[str, Any]) -> dict[str, Tensor]:
+    if isinstance(source, Mapping):
+        return tensors(source)
+    return _download(model.depth) if str(source) == IMAGENET else tensors(read_checkpoint(Path(source)))
+
+
+def _of_network(model: PanopticFPN, other: PanopticFPN) -> dict[str, Tensor]:
+    """The tensors of another network, once it is seen to look at images as the model does."""
+    if model.pixels != other.pixels:
+        raise CheckpointError(f"the weights were trained with pixels={other.pixels}; give the model the same")
+    for ours, theirs in zip(
+        model.rpn.anchor_generator.cell_anchors, other.rpn.anchor_generator.cell_anchors, strict=True
+    ):
+        _compare({"anchors": theirs}, "anchors", ours)
+    return dict(other.state_dict())
+
+
+def _whole(
+    model: PanopticFPN, ours: Mapping[str, Tensor], table: dict[str, Tensor], stays: tuple[str, ...]
+) -> dict[str, Tensor]:
     table = dict(table)
     _compare(table, "pixel_mean", model.pixel_mean)
     _compare(table, "pixel_std", model.pixel_std)
     for level, anchors in enumerate(model.rpn.anchor_generator.cell_anchors):
         _compare(table, f"proposal_generator.anchor_generator.cell_anchors.{level}", anchors)
-    return _matched(ours, {name: detectron2_name(name) for name in ours}, table)
+    return _matched(ours, {name: detectron2_name(name) for name in ours}, table, stays)
 
 
-def _resnet(model: PanopticFPN, ours: Mapping[str, Tensor], table: dict[str, Tensor]) -> dict[str, Tensor]:
+def _resnet(
+    model: PanopticFPN, ours: Mapping[str, Tensor], table: dict[str, Tensor], stays: tuple[str, ...]
+) -> dict[str, Tensor]:
+    ours = {name: value for name, value in ours.items() if name.startswith(_BODY)}
     if "conv1_w" in table:
         _trained_with(model, "MSRA's weights", stride_in_1x1=True, pixels=PixelSettings())
         table = {caffe2_name(name): value for name, value in table.items() if not name.endswith("_momentum")}
@@ -80,11 +106,17 @@ def _resnet(model: PanopticFPN, ours: Mapping[str, Tensor], table: dict[str, Ten
         table = {name.removeprefix(_THEIR_BODY): value for name, value in table.items()}
         names = {name: detectron2_name(name).removeprefix(_THEIR_BODY) for name in ours}
     classifier = ("fc.", "fc1000.", "linear.", "pred.", "stem.fc.")
-    return _matched(ours, names, {name: value for name, value in table.items() if not name.startswith(classifier)})
+    table = {name: value for name, value in table.items() if not name.startswith(classifier)}
+    return _matched(ours, names, table, stays)
 
 
-def _matched(ours: Mapping[str, Tensor], names: Mapping[str, str], table: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our tensors by our names, from theirs by their names."""
+def _matched(
+    ours: Mapping[str, Tensor], names: Mapping[str, str], table: Mapping[str, Tensor], stays: tuple[str, ...]
+) -> dict[str, Tensor]:
+    """Our tensors by our names, from theirs by their names, but for those that stay by the beginnings of ours."""
+    of = {theirs: name for name, theirs in names.items()}
+    table = {name: value for name, value in table.items() if not of.get(name, name).startswith(stays)}
+    ours = {name: value for name, value in ours.items() if not name.startswith(stays)}
     new, missing, misshapen = {}, [], []
     # Frozen statistics may have been merged into scale and shift; counters of batches say nothing of the function.
     merged = not any(name.endswith(_STATISTICS) and name.startswith(("stem.", _THEIR_BODY, "bn1.")) for name in table)
@@ -111,7 +143,8 @@ def _matched(ours: Mapping[str, Tensor], names: Mapping[str, str], table: Mappin
     ]
     if problems:
         raise CheckpointError(
-            f"the weights do not fit the model ({'; '.join(problems)}); check its kind, depth and numbers of classes"
+            f"the weights do not fit the model ({'; '.join(problems)}); check its kind, depth and "
+            "numbers of classes, or name in anew what is to stay as it is"
         )
     return new
 

@@ -49,12 +49,14 @@ class BackboneSettings:
 
     Args:
         norm: of the ResNet: ``"frozen"``, batch norm whose statistics and scales are those that came with the weights;
-            ``"group"`` (32 groups) or ``"batch"``, which training from scratch needs: frozen statistics of no data
-            leave the layers without any normalisation.
+            ``"group"`` (32 groups, fewer where less than two channels would be in one) or ``"batch"``, which training
+            from scratch needs: frozen statistics of no data leave the layers without any normalisation.
         frozen_stages: parts of the ResNet that are not trained: 0 none, 1 the stem, 2 the stem and the first stage, up
             to 5. None takes 2 with a frozen norm and 0 with any other.
         stride_in_1x1: a bottleneck halves the resolution in its first 1×1 convolution, as in the weights of MSRA, or,
             where False, in its 3×3 one, as in torchvision's.
+        width: channels of the first of the four stages, which double from stage to stage; 64 is ResNet's own, and what
+            its weights have. The stem has 64 always.
         channels: of the pyramid.
         canonical_size: side in pixels of the boxes that are pooled from P4; half of it from P3, and so on.
 
@@ -65,11 +67,13 @@ class BackboneSettings:
     norm: BackboneNorm = "frozen"
     frozen_stages: int | None = None
     stride_in_1x1: bool = True
+    width: int = 64
     channels: int = 256
     canonical_size: int = 224
 
     def __post_init__(self) -> None:
         choice("norm", self.norm, get_args(BackboneNorm))
+        count("width", self.width)
         count("channels", self.channels)
         count("canonical_size", self.canonical_size)
         if self.frozen_stages is not None and self.frozen_stages not in range(6):
