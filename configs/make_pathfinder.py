@@ -54,7 +54,6 @@ SMALL_SIZE = {5: 8_000, 9: 12_800, 14: 16_000}  # images seen in training
 # With 14 dashes a model arrives after N, unless its gates are faster and what makes it settle is weaker.
 SMALL_SOONER = {"beyond": 0.5, "growth": 0.2}
 SMALL_LONG = 24_000  # images seen where training goes on
-SMALL_HORIZON = 12  # longest time constant of the gates, in steps: slower ones make a model that arrives after N
 SMALL_SIDES = {5: {3: 20, 5: 12, 9: 8}, 14: {3: 48}}  # steps of C-RBP for each length of contour and kernel size
 
 
@@ -204,8 +203,9 @@ def rows() -> Iterator[tuple[str, str, dict[str, Any]]]:
     yield from small_rows()
 
 
-def small(length: int, steps: int, *, sooner: bool = False) -> Scale:
+def small(length: int, steps: int) -> Scale:
     """The scale of the small rows for one length of contour."""
+    sooner = length == 14 and steps > 6
     return replace(
         MINI,
         trainer={"max_epochs": 1, "val_check_interval": 50},
@@ -213,7 +213,7 @@ def small(length: int, steps: int, *, sooner: bool = False) -> Scale:
         lead_in=SMALL_LEAD_IN[length],
         terms=max(6, steps // 2),
         fused=True,
-        horizon=SMALL_HORIZON if sooner else None,
+        horizon=steps // 2 if sooner else None,  # slower gates make a model that arrives after N
         contracting=settling(steps, **(SMALL_SOONER if sooner else {})),
     )
 
@@ -224,9 +224,8 @@ def small_rows() -> Iterator[tuple[str, str, dict[str, Any]]]:
         for kind, methods in (("hgru", tuple(METHODS)), ("convlstm", ("bptt", "crbp"))):
             for method in methods:
                 steps = many if method in ("rbp", "crbp") else 6
-                scale = small(length, steps, sooner=length == 14 and steps > 6)
                 what = f"48×48 images, {length} dashes, {CELLS[kind]}, {METHODS[method]}, {steps} steps"
-                run = recurrent(scale, f"small{length}", kind, method, steps, 7)
+                run = recurrent(small(length, steps), f"small{length}", kind, method, steps, 7)
                 yield f"small{length}_{kind}_{method}", what, run
         what = f"48×48 images, {length} dashes, feed-forward, 6 layers"
         yield f"small{length}_feedforward", what, feedforward(small(length, 6), f"small{length}", 7)
