@@ -1,8 +1,8 @@
-"""Set the tables of the page on speed from what `crbp bench` has written.
+"""Set the tables of the page on speed from the files that `crbp bench` has written.
 
     python benchmarks/speed_results.py [FOLDER]
 
-Without a folder that is `results/speed`.
+Without a folder those are of `results/speed`: `bench.json` and, of commits of their own, the parts that take long.
 """
 
 from __future__ import annotations
@@ -16,23 +16,24 @@ from _runs import ROOT
 from _tables import markdown, with_tables
 
 Numbers = dict[str, Any]
+FILES = ("bench", "memory", "memory_crbp", "solvers")
 STEPS = (5, 20, 100, 500)
 PRODUCTS = (1, 5, 9, 13, 17, 21, 29, 37)
 METHODS = {
     "BPTT": "BPTT", "CheckpointedBPTT": "checkpointed BPTT", "TruncatedBPTT": "truncated BPTT, 5 steps", "RBP": "RBP",
-    "C-RBP": "**C-RBP**", "OneStep": "one step", "Phantom": "phantom, 5 steps",
+    "OneStep": "one step", "Phantom": "phantom, 5 steps",
 }  # fmt: skip
 WANTED = {3: "never slower, 2×", 5: "never slower", 9: "never slower"}  # by the side of the kernel
 AXES = {"batch": "batch", "image": "image side", "channels": "channels"}
 
 
 def tables(parts: dict[str, Numbers]) -> dict[str, str]:
-    """The tables of the page by name, from the parts of the benchmark."""
+    """The tables of the page by name, from the parts by the name of their file."""
     return {
-        "kernels": kernels(parts["kernels"]),
-        "memory": memory(parts["memory"]),
-        "solvers": solvers(parts["solvers"]),
-        "scaling": scaling(parts["scaling"]),
+        "kernels": kernels(parts["bench"]["kernels"]),
+        "memory": memory(parts["memory"]["memory"], parts["memory_crbp"]["memory"]),
+        "solvers": solvers(parts["solvers"]["solvers"]),
+        "scaling": scaling(parts["bench"]["scaling"]),
     }
 
 
@@ -46,11 +47,16 @@ def kernels(part: Numbers) -> str:
     return markdown(("kernel", "N", "crbp", "textbook", "ratio", "wanted"), body)
 
 
-def memory(part: Numbers) -> str:
-    """MiB that autograd saves, by method and number of steps."""
+def memory(part: Numbers, of_one_thread: Numbers) -> str:
+    """MiB that autograd saves, by method and number of steps; C-RBP as measured last, with one thread."""
+    rows = {title: part["methods"][name] for name, title in METHODS.items()}
+    rows |= {
+        "**C-RBP**, with one thread": of_one_thread["methods"]["C-RBP"],
+        "RBP, with one thread": of_one_thread["methods"]["RBP"],
+    }
     body = []
-    for name, title in METHODS.items():
-        saved = {row["steps"]: row["saved_bytes"] / 2**20 for row in part["methods"][name]["rows"]}
+    for title, found in rows.items():
+        saved = {row["steps"]: row["saved_bytes"] / 2**20 for row in found["rows"]}
         body.append([title, *(_three(saved[steps]) for steps in STEPS)])
     return markdown(("N", *map(str, STEPS)), body)
 
@@ -94,9 +100,8 @@ def _three(value: float) -> str:
 
 
 def read(folder: Path) -> dict[str, Numbers]:
-    """The parts by name."""
-    found: dict[str, Numbers] = json.loads((folder / "bench.json").read_text())["parts"]
-    return found
+    """The parts by the name of their file."""
+    return {name: json.loads((folder / f"{name}.json").read_text())["parts"] for name in FILES}
 
 
 def main() -> None:
