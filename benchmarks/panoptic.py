@@ -12,14 +12,19 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 import yaml
 from _runs import ROOT, train_all
+from torch import Tensor
 
 from crbp.models import RFPN
+from crbp.models.panoptic.mask_head import mask_targets
 from crbp.tasks import PanopticData, PanopticTask, load_net
 from crbp.tasks.weights import build
 
@@ -34,13 +39,47 @@ def analyse(name: str, run: Path) -> bool:
     data = build(PanopticData, config["data"], f"the data of {name}")
     trained = net.steps if isinstance(net, RFPN) else None
     counts = [trained] if trained is None else sorted({*STEPS, trained})
+    overlaps = in_true_boxes(net, data, counts)
     found = {
         "parameters": sum(parameter.numel() for parameter in net.parameters() if parameter.requires_grad),
         "steps": trained,
-        "quality": [{"steps": steps, **quality(net, data, steps, precise=steps == trained)} for steps in counts],
+        "quality": [
+            {"steps": steps, **quality(net, data, steps, precise=steps == trained), "true_box_iou": overlap}
+            for steps, overlap in zip(counts, overlaps, strict=True)
+        ],
     }
     (run / "analysis.json").write_text(json.dumps(found, indent=2) + "\n")
     return True
+
+
+@torch.no_grad()
+def in_true_boxes(net: Any, data: PanopticData, counts: Sequence[int | None]) -> list[float]:
+    """Mean overlap (IoU) of masks with the targets of training in the true boxes, of any class: the mask head alone."""
+    overlaps: list[list[Tensor]] = [[] for _ in counts]
+    for batch in data.val_dataloader():
+        images, (target,) = net.batch(batch.images), batch.targets
+        features = net.backbone(images.tensors)
+        every = torch.arange(len(target["boxes"]))
+        for steps, found in zip(counts, overlaps, strict=True):
+            with stepped(net, steps):
+                masks, _ = net.roi_heads.masks(features, [target["boxes"]], target["labels"])
+            said = masks >= 0.5
+            true = mask_targets(target["masks"], target["boxes"], every, masks.shape[-1])
+            found.append((said & true).sum((1, 2)) / (said | true).sum((1, 2)).clamp_min(1))
+    return [round(float(torch.cat(found).mean()), 5) for found in overlaps]
+
+
+@contextmanager
+def stepped(net: Any, steps: int | None) -> Iterator[None]:
+    """The network with another number of steps."""
+    if steps is None:
+        yield
+        return
+    trained, net.steps = net.steps, steps
+    try:
+        yield
+    finally:
+        net.steps = trained
 
 
 def quality(net: Any, data: PanopticData, steps: int | None, *, precise: bool) -> dict[str, float]:

@@ -3,7 +3,7 @@
     python benchmarks/panoptic_results.py 'shapes_*' --seeds 0 1 --out results/panoptic
 
 Reads the runs of `panoptic.py`, and writes all that was measured of them to `shapes.csv`; rows that are not finished
-are left out.
+are left out. The weights of one of them, which come with crbp, are kept in half precision.
 """
 
 from __future__ import annotations
@@ -12,17 +12,22 @@ import argparse
 import csv
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
-from _runs import ROOT, add_rows, label, wanted
+from _runs import ROOT, add_rows, label, started_from, wanted
 from _tables import markdown, with_tables
 from matplotlib.figure import Figure
 from panoptic import CONFIGS
 
+from crbp.tasks import load_trained, save_net
+
 Line = dict[str, str]  # of the table of all that was measured
-QUALITIES = ("pq", "sq", "rq", "pq_things", "pq_stuff", "box_ap", "mask_ap")
+QUALITIES = ("pq", "sq", "rq", "pq_things", "pq_stuff", "box_ap", "mask_ap", "true_box_iou")
+SHOWN = ("pq", "pq_things", "pq_stuff", "mask_ap", "true_box_iou")
+SHIPPED = "shapes_rfpn_crbp10"  # of seed 0
 COLUMNS = ("row", "seed", "trained_steps", "parameters", "images", "steps", *QUALITIES, "seconds", "commit")
 METHODS = {
     "fpn": ("Panoptic FPN", "#000000"), "rfpn_bptt1": ("R-FPN, BPTT, 1 step", "#E69F00"),
@@ -46,6 +51,16 @@ def collect(run: Path) -> list[dict[str, Any]]:
         **{name: made[name] for name in ("seed", "seconds", "commit")},
     }
     return [line | each for each in found["quality"]]
+
+
+def keep(run: Path, out: Path) -> None:
+    """Write the weights of a run in half precision, without where on this machine the run started from."""
+    net, origin = load_trained(run / "weights" / "last.safetensors")
+    state = {name: value.half() if value.is_floating_point() else value for name, value in net.state_dict().items()}
+    described = json.loads(json.dumps(origin.run))
+    if "weights" in (task := described["model"]["init_args"]):
+        task["weights"] = str(started_from(CONFIGS / f"{run.parent.name}.yaml"))
+    save_net(state, out / f"{run.parent.name}.safetensors", replace(origin, run=described))
 
 
 def figure(lines: Iterable[Line]) -> Figure:
@@ -80,13 +95,17 @@ def table(lines: Iterable[Line]) -> str:
             continue
         ends = [at_end(curve) for curve in curves]
         best = [max(curve, key=lambda line: float(line["pq"])) for curve in curves]
-        shown = [side_by_side(each[quality] for each in ends) for quality in ("pq", "pq_things", "pq_stuff", "mask_ap")]
+        shown = [side_by_side(each[quality] for each in ends) for quality in SHOWN]
         above = side_by_side(each["pq"] for each in best) if ends[0]["steps"] else ""
         last = side_by_side(curve[-1]["pq"] for curve in curves) if ends[0]["steps"] else ""
         body.append([METHODS[name][0], f"{int(ends[0]['parameters']):,}", *shown, above, last])
     return markdown(
-        ("", "parameters", "PQ at N", "PQ things", "PQ stuff", "mask AP", "best PQ at any step", "PQ at 30 steps"), body
-    )
+        (
+            "", "parameters", "PQ at N", "things", "stuff", "mask AP", "IoU in true boxes", "best PQ at any step",
+            "PQ at 30 steps",
+        ),
+        body,
+    )  # fmt: skip
 
 
 def runs(lines: Iterable[Line]) -> list[list[Line]]:
@@ -125,11 +144,14 @@ def main() -> None:
     add_rows(parser)
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "panoptic")
     options = parser.parse_args()
-    folders = (options.runs.resolve() / label(*row) / "version_0" for row in wanted(CONFIGS, options))
+    folders = [options.runs.resolve() / label(*row) / "version_0" for row in wanted(CONFIGS, options)]
     lines = [line for run in folders for line in collect(run)]
     if not lines:
         raise SystemExit("no finished run was found; panoptic.py trains them, --runs says where they are")
-    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "weights").mkdir(parents=True, exist_ok=True)
+    for run in folders:
+        if run.parent.name == SHIPPED and (run / "made.json").exists():
+            keep(run, options.out / "weights")
     with (options.out / "shapes.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()

@@ -26,6 +26,7 @@ METHODS = {
 }  # fmt: skip
 TERMS = 15  # of the Neumann series
 SMALL_BOXES = {"channels": 256, "samples": 64, "detections": 50}
+NARROW_BOXES = {"channels": 128, "samples": 32, "positive_share": 0.5, "detections": 50}
 COMPARED = ("fpn", "bptt1", "bptt3", "crbp10", "crbp20")  # on generated shapes
 MASK_HEAD = "roi_heads.mask_head."
 START = "start_shapes"  # the row whose weights those on shapes start from
@@ -93,7 +94,7 @@ def small(method: str, side: int, steps: int, *, narrow: bool = False) -> dict[s
             "after_nms_test": 100,
             "samples": 128,
         },
-        boxes={"channels": 128, "samples": 32, "detections": 50} if narrow else SMALL_BOXES,
+        boxes=NARROW_BOXES if narrow else SMALL_BOXES,
         masks={"channels": 64},
         semantic={"channels": 64},
         merge={"stuff_area": side * side // 150},
@@ -102,7 +103,7 @@ def small(method: str, side: int, steps: int, *, narrow: bool = False) -> dict[s
         "tasks.PanopticTask",
         net=net,
         optimizer="adamw",
-        learning_rate=0.001,
+        learning_rate=0.002 if narrow else 0.001,
         reference_batch=4,
         warmup_steps=100,
         milestones=[0.7, 0.9],
@@ -111,7 +112,11 @@ def small(method: str, side: int, steps: int, *, narrow: bool = False) -> dict[s
     data = {"batch_size": 4, "shortest": [side], "shortest_test": side, "longest": 2 * side}
     return {
         "seed_everything": 0,
-        "trainer": {"max_epochs": 1, "val_check_interval": steps // 4},
+        "trainer": {
+            "max_epochs": 1,
+            "val_check_interval": steps // 4,
+            **({"gradient_clip_val": 5.0} if narrow else {}),
+        },
         "model": task,
         "data": thing("tasks.PanopticData", source=source, **data),
     }

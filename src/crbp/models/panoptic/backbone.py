@@ -45,7 +45,8 @@ class ScaledResNet(ResNet):
         super().__init__(*arguments, **options)
 
     def _make_layer(self, block: Any, planes: int, *arguments: Any, **options: Any) -> nn.Sequential:
-        return super()._make_layer(block, planes * self._width // 64, *arguments, **options)
+        stage: nn.Sequential = super()._make_layer(block, planes * self._width // 64, *arguments, **options)
+        return stage
 
 
 class Backbone(nn.Module):

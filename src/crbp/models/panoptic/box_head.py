@@ -161,7 +161,7 @@ class InstanceHeads(RoIHeads):
         found = self.postprocess_detections(logits, deltas, proposals, image_shapes)
         wanted = [scores >= at_least for scores in found[1]]
         boxes, scores, labels = ([v[rows] for v, rows in zip(each, wanted, strict=True)] for each in found)
-        masks, steps = self._masks(features, boxes, torch.cat(labels))
+        masks, steps = self.masks(features, boxes, torch.cat(labels))
         sizes = [len(box) for box in boxes]
         every_steps = [None] * len(boxes) if steps is None else torch.split(steps, sizes)
         return [
@@ -171,8 +171,17 @@ class InstanceHeads(RoIHeads):
             )
         ]
 
-    def _masks(self, features: dict[str, Tensor], boxes: list[Tensor], labels: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Probabilities ``(n, m, m)`` of the masks of the boxes' classes, a chunk of boxes at a time."""
+    def masks(self, features: dict[str, Tensor], boxes: list[Tensor], labels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Probabilities ``(n, m, m)`` of the masks in given boxes, a chunk of boxes at a time.
+
+        Args:
+            features: of the pyramid.
+            boxes: ``(n, 4)`` of each image, corners in pixels.
+            labels: ``(n,)``, the classes of all boxes, whose masks are wanted.
+
+        Returns:
+            The probabilities, and the steps of each instance, ``(n,)``, where instances stop by themselves.
+        """
         pooled = self.mask_roi_pool(features, boxes)
         probabilities, steps = [], []
         chunk = self.chunk or max(len(pooled), 1)
