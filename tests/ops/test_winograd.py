@@ -12,7 +12,8 @@ from crbp.ops import _native, convolution, winograd
 
 pytestmark = pytest.mark.skipif(_native.found() is None, reason="there is no C++ compiler here")
 # (B, C, O), image. One tile and many; images that tiles do not fill, of one row, one column and one pixel; stretches of
-# tiles that end within a vector and at its end; outputs for every size of block; panels of 4, 2 and 1 vectors.
+# tiles that end within a vector and at its end, and rows of them that fill one, two and four vectors; outputs for every
+# size of block; panels of 4, 2 and 1 vectors.
 CASES = [
     ((1, 1, 1), (4, 4)),
     ((1, 2, 3), (1, 7)),
@@ -25,6 +26,10 @@ CASES = [
     ((2, 120, 100), (13, 10)),
     ((3, 5, 6), (14, 13)),
     ((1, 256, 256), (8, 9)),
+    ((5, 3, 2), (7, 13)),
+    ((3, 4, 5), (31, 30)),
+    ((2, 3, 4), (5, 64)),
+    ((9, 100, 90), (6, 15)),
 ]
 
 
@@ -51,6 +56,16 @@ def test_every_number_of_vectors_of_a_panel_is_among_the_cases() -> None:
         assert min(tiles) < 2 * lanes
         assert any(2 * lanes <= count < 4 * lanes for count in tiles)
         assert max(tiles) >= 3 * 4 * lanes  # with three threads
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [(3, 5), (6, 13), (7, 16), (9, 32), (2, 63)], ids=str)
+def test_an_image_sees_nothing_of_its_neighbours(size: tuple[int, int], dtype: torch.dtype) -> None:
+    image = torch.full((3, 2, *size), torch.inf, dtype=dtype)
+    image[1] = torch.randn(2, *size, dtype=dtype)
+    weight = torch.randn(4, 2, 3, 3, dtype=dtype)
+    found, wanted = by_winograd(image, weight)[1:2], F.conv2d(image[1:2], weight, padding=1)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_no_image_gives_no_result_and_a_gradient_of_zero() -> None:

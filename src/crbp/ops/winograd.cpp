@@ -12,6 +12,7 @@
 
 namespace {
 
+constexpr int64_t CACHE = 640 * 1024;  // of a core, in bytes, less what the kernels and the images take
 constexpr int64_t YIELD = 4, SIDE = 6, POINTS = SIDE * SIDE;
 
 // What a call is about, in the order in which it comes from Python.
@@ -38,12 +39,11 @@ typename Types<T>::V second(typename Types<T>::V x, typename Types<T>::V y, std:
 }
 
 // Pixels of four vectors, one after the other, to the first, the second, the third and the fourth of each four.
-template <class T> void apart(const T* from, typename Types<T>::V* to) {
+template <class T> void apart(const typename Types<T>::V* from, typename Types<T>::V* to) {
     TYPES(T);
     constexpr std::make_integer_sequence<int, W> lanes;
-    const V a = load(from), b = load(from + W), c = load(from + 2 * W), d = load(from + 3 * W);
-    const V even = second<T, 0>(a, b, lanes), odd = second<T, 1>(a, b, lanes);
-    const V later = second<T, 0>(c, d, lanes), odder = second<T, 1>(c, d, lanes);
+    const V even = second<T, 0>(from[0], from[1], lanes), odd = second<T, 1>(from[0], from[1], lanes);
+    const V later = second<T, 0>(from[2], from[3], lanes), odder = second<T, 1>(from[2], from[3], lanes);
     to[0] = second<T, 0>(even, later, lanes), to[2] = second<T, 1>(even, later, lanes);
     to[1] = second<T, 0>(odd, odder, lanes), to[3] = second<T, 1>(odd, odder, lanes);
 }
@@ -76,6 +76,15 @@ template <class V> void synthesise(const V* x, int64_t step, V* y) {
     y[1] = difference + 2 * rest;
     y[2] = sum + 4 * twice;
     y[3] = difference + 8 * rest + x[5 * step];
+}
+
+// The second half of a tile's way: along its columns, to `points[point * apart_by]`.
+template <class V> void analyse_columns(const V (*by_rows)[SIDE], V* points, int64_t apart_by) {
+    for (int64_t q = 0; q < SIDE; ++q) {
+        V column[SIDE];
+        analyse(&by_rows[0][q], SIDE, column);
+        for (int64_t r = 0; r < SIDE; ++r) points[(r * SIDE + q) * apart_by] = column[r];
+    }
 }
 
 // ---- Panels of N vectors of tiles ------------------------------------------------------------------------------------
@@ -135,8 +144,9 @@ void read(const Shape& s, const T* images, int64_t channel, const Stretch* stret
     for (int64_t r = 0; r < SIDE; ++r) {
         T* const own = columns + r * SIDE * PLACES;
         for (int n = 0; n < N; ++n) {
-            V found[4];
-            apart(rows + r * ROW + n * YIELD * W, found);
+            V four[4], found[4];
+            for (int k = 0; k < 4; ++k) four[k] = load(rows + r * ROW + (n * YIELD + k) * W);
+            apart<T>(four, found);
             for (int k = 0; k < 4; ++k) store(found[k], own + k * PLACES + n * W);
         }
     }
@@ -156,11 +166,64 @@ void read(const Shape& s, const T* images, int64_t channel, const Stretch* stret
             for (int64_t k = 0; k < SIDE; ++k) found[k] = load(columns + (r * SIDE + k) * PLACES + n * W);
             analyse(found, 1, by_rows[r]);
         }
-        for (int64_t q = 0; q < SIDE; ++q) {
-            V column[SIDE];
-            analyse(&by_rows[0][q], SIDE, column);
-            for (int64_t r = 0; r < SIDE; ++r) points[(r * SIDE + q) * apart_by + n] = column[r];
+        analyse_columns(by_rows, points + n, apart_by);
+    }
+}
+
+// Whether every row of tiles fills vectors, and a panel rows of tiles.
+template <class T, int N> bool fills(const Shape& s) {
+    constexpr int64_t W = Types<T>::W;
+    return s.across() * YIELD % W == 0 && N * W % s.across() == 0;
+}
+
+// The lanes from `first` to before `last`, and zeros.
+template <class T, int... K>
+typename Types<T>::V within(typename Types<T>::V x, int64_t first, int64_t last, std::integer_sequence<int, K...>) {
+    typedef typename Types<T>::V V;
+    typedef std::conditional_t<sizeof(T) == 4, int32_t, int64_t> I;
+    typedef I Index __attribute__((vector_size(BYTES)));
+    constexpr Index lane = {K...};
+    return reinterpret_cast<V>(reinterpret_cast<Index>(x) & (lane >= static_cast<I>(first)) & (lane < static_cast<I>(last)));
+}
+
+// Columns from `from` on of a row, zeros where there is no image; `row` is null where all of it is none.
+template <class T> typename Types<T>::V row_vector(const T* row, int64_t width, int64_t from, const T* begin, const T* end) {
+    TYPES(T);
+    V found = {};
+    if (!row) return found;
+    const int64_t first = std::max(int64_t(0), -from), last = std::min(W, width - from);
+    if (row + from >= begin && row + from + W <= end) {
+        found = within<T>(load(row + from), first, last, std::make_integer_sequence<int, W>());
+    } else {
+        for (int64_t k = first; k < last; ++k) found[k] = row[from + k];
+    }
+    return found;
+}
+
+// The same as `read` where rows of tiles fill vectors: there are no seams, and nothing passes through the scratch.
+template <class T, int N>
+void read_filled(const Shape& s, const T* images, int64_t channel, const Stretch* stretches, int64_t number,
+                 typename Types<T>::V* points, int64_t apart_by) {
+    TYPES(T);
+    const int64_t vectors = s.across() * YIELD / W;  // of a row
+    const T* const end = images + s.images * s.inputs * s.height * s.width;
+    for (int n = 0; n < N; ++n) {
+        V by_rows[SIDE][SIDE];
+        for (int64_t r = 0; r < SIDE; ++r) {
+            V four[4], next[4], found[SIDE + 2];
+            for (int64_t k = 0; k < 4; ++k) {
+                const int64_t place = (n * YIELD + k) / vectors, column = (n * YIELD + k) % vectors * W;
+                const Stretch& each = stretches[std::min(place, number - 1)];
+                const int64_t at = each.top + r - 1;
+                const bool inside = place < number && at >= 0 && at < s.height;
+                const T* const row = inside ? images + ((each.image * s.inputs + channel) * s.height + at) * s.width : nullptr;
+                four[k] = row_vector(row, s.width, column - 1, images, end);
+                next[k] = row_vector(row, s.width, column + 3, images, end);
+            }
+            apart<T>(four, found), apart<T>(next, found + 4);
+            analyse(found, 1, by_rows[r]);
         }
+        analyse_columns(by_rows, points + n, apart_by);
     }
 }
 
@@ -210,10 +273,12 @@ void multiply(const typename Types<T>::V* x, const T* kernels, int64_t inputs, t
         for (int n = 0; n < N; ++n) y[m * N + n] = sum[m][n];
 }
 
-// Vectors of tiles of a panel, which share what is read of the kernels: as many as leave a panel for every thread.
+// Vectors of tiles of a panel, which share what is read of the kernels: as many as leave a panel for every thread, and
+// keep the points of all channels in a core's cache, if any number does.
 template <class T> int64_t vectors(const Shape& s, int threads) {
+    const int64_t held = POINTS * (s.inputs + s.outputs) * BYTES;  // by the points of one vector
     for (int64_t count : {4, 2})
-        if (s.tiles() >= count * Types<T>::W * threads) return count;
+        if (s.tiles() >= count * Types<T>::W * threads && (count * held <= CACHE || held > CACHE)) return count;
     return 1;
 }
 
@@ -234,6 +299,7 @@ void correlate(const T* images, const T* kernels, T* results, T* scratch, const 
     TYPES(T);
     constexpr int64_t PLACES = N * W, MOST = 6;
     const int64_t panels = (s.tiles() + PLACES - 1) / PLACES, room = scratch_of<T>(s, threads);
+    const bool filled = fills<T, N>(s);
     const int64_t blocks = (s.outputs + MOST - 1) / MOST;  // of outputs that are computed at once, of nearly one size
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (int64_t panel = 0; panel < panels; ++panel) {
@@ -244,7 +310,10 @@ void correlate(const T* images, const T* kernels, T* results, T* scratch, const 
         Stretch stretches[PLACES];
         const int64_t number = stretches_of(s, panel * PLACES, PLACES, stretches);
         for (int64_t c = 0; c < s.inputs; ++c)
-            read<T, N>(s, images, c, stretches, number, in + c * N, in_by, rows);
+            if (filled)
+                read_filled<T, N>(s, images, c, stretches, number, in + c * N, in_by);
+            else
+                read<T, N>(s, images, c, stretches, number, in + c * N, in_by, rows);
         for (int64_t point = 0; point < POINTS; ++point)
             for (int64_t block = 0; block < blocks; ++block) {
                 const int64_t o = block * s.outputs / blocks, count = (block + 1) * s.outputs / blocks - o;

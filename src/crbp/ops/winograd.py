@@ -22,8 +22,10 @@ KERNEL = (3, 3)
 POINTS = 36  # of a tile
 
 # In multiply-adds of the direct method, fitted as `Frame.cost` is: a call, a multiply-add, which takes longer where the
-# kernels leave a core's cache, the transforms of a tile of one channel, and those of a row of tiles.
+# kernels leave a core's cache, the transforms of a tile of one channel, and those of a row of tiles, unless it is of so
+# many that fill vectors.
 CALL, PRODUCT, CACHED, TILE, ROW = 3e6, 1.4, 64 * 64, 850.0, 7_000.0
+FILLING = (4, 8, 16)
 
 
 def suits(device: torch.device, weight: Tensor) -> bool:
@@ -37,7 +39,8 @@ def cost(images: int, height: int, width: int, inputs: int, outputs: int, thread
     """Of a convolution, in multiply-adds of the direct method on one thread, by fits to what it takes."""
     rows, across = images * -(-height // 4), -(-width // 4)
     product = POINTS * PRODUCT * (1.0 if inputs * outputs <= CACHED else 1.5) * inputs * outputs
-    return CALL + rows * (across * product + (across * TILE + ROW) * (inputs + outputs)) / threads
+    transforms = across * TILE + (0.0 if across in FILLING else ROW)
+    return CALL + rows * (across * product + transforms * (inputs + outputs)) / threads
 
 
 class Kernels:
