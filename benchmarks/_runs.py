@@ -92,6 +92,8 @@ def train_all(description: str | None, configs: Path, analyse: Analyse) -> None:
         start.parts[1] for name, _ in found if (start := started_from(configs / f"{name}.yaml"))
     ):
         train(configs / f"{first}.yaml", 0, out, analyse)
+        if not (out / first / "version_0" / "made.json").exists():
+            raise SystemExit(f"{first}, which other rows start from, is not finished")
     with ThreadPoolExecutor(options.jobs) as pool:
         list(pool.map(lambda row: train(configs / f"{row[0]}.yaml", row[1], out, analyse), found))
 

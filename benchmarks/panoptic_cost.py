@@ -4,7 +4,8 @@
 
 Untrained networks of one start; R-FPN shares all weights with Panoptic FPN but those of the mask head, so that both
 find the same boxes. Every box is kept, 100 of an image for ResNet-50: what masks cost is then at its highest. In
-training an image has so many objects, each of which is a sample. The networks take turns.
+training an image has 10 or 100 objects, whose boxes are samples, and so are proposals that happen to be on them. The
+networks take turns.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Set the table of the rows of panoptic segmentation that have been trained, and draw quality against steps.
+"""Set the table of the rows on shapes that have been trained, and draw quality against steps.
 
     python benchmarks/panoptic_results.py 'shapes_*' --seeds 0 1 --out results/panoptic
 
@@ -20,7 +20,7 @@ import yaml
 from _runs import ROOT, add_rows, label, started_from, wanted
 from _tables import markdown, with_tables
 from matplotlib.figure import Figure
-from panoptic import CONFIGS
+from panoptic import CONFIGS, STEPS
 
 from crbp.tasks import load_trained, save_net
 
@@ -48,7 +48,8 @@ def collect(run: Path) -> list[dict[str, Any]]:
         "trained_steps": found["steps"],
         "parameters": found["parameters"],
         "images": source["train"] * config["trainer"]["max_epochs"],
-        **{name: made[name] for name in ("seed", "seconds", "commit")},
+        **{name: made[name] for name in ("seed", "commit")},
+        "seconds": round(made["seconds"]),
     }
     return [line | each for each in found["quality"]]
 
@@ -94,15 +95,13 @@ def table(lines: Iterable[Line]) -> str:
         if not curves:
             continue
         ends = [at_end(curve) for curve in curves]
-        best = [max(curve, key=lambda line: float(line["pq"])) for curve in curves]
         shown = [side_by_side(each[quality] for each in ends) for quality in SHOWN]
-        above = side_by_side(each["pq"] for each in best) if ends[0]["steps"] else ""
         last = side_by_side(curve[-1]["pq"] for curve in curves) if ends[0]["steps"] else ""
-        body.append([METHODS[name][0], f"{int(ends[0]['parameters']):,}", *shown, above, last])
+        body.append([METHODS[name][0], f"{int(ends[0]['parameters']):,}", *shown, last])
     return markdown(
         (
-            "", "parameters", "PQ at N", "things", "stuff", "mask AP", "IoU in true boxes", "best PQ at any step",
-            "PQ at 30 steps",
+            "", "parameters", "PQ at N", "things", "stuff", "mask AP", "IoU in true boxes",
+            f"PQ at {STEPS[-1]} steps",
         ),
         body,
     )  # fmt: skip
@@ -113,7 +112,7 @@ def runs(lines: Iterable[Line]) -> list[list[Line]]:
     found: dict[tuple[str, str], list[Line]] = {}
     for line in lines:
         found.setdefault((line["row"], line["seed"]), []).append(line)
-    return list(found.values())
+    return [sorted(curve, key=lambda line: int(line["steps"] or 0)) for curve in found.values()]
 
 
 def method(line: Line) -> str:
@@ -146,6 +145,8 @@ def main() -> None:
     options = parser.parse_args()
     folders = [options.runs.resolve() / label(*row) / "version_0" for row in wanted(CONFIGS, options)]
     lines = [line for run in folders for line in collect(run)]
+    if strange := {line["row"] for line in lines if not line["row"].startswith("shapes_")}:
+        raise SystemExit(f"the table is of the rows shapes_*, not of {', '.join(sorted(strange))}")
     if not lines:
         raise SystemExit("no finished run was found; panoptic.py trains them, --runs says where they are")
     (options.out / "weights").mkdir(parents=True, exist_ok=True)

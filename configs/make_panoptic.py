@@ -129,7 +129,7 @@ def started(method: str) -> dict[str, Any]:
     made["model"]["init_args"] |= {
         "average_precision": False,
         "weights": f"runs/{START}/version_0/weights/last.safetensors",
-        "anew": [MASK_HEAD],
+        "without": [MASK_HEAD],
     }
     made["data"]["init_args"]["source"]["init_args"]["seed"] = 1  # no image of those that the weights have seen
     return made

@@ -66,10 +66,31 @@ def test_trained_parameters_are_those_published(name: str) -> None:
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if not path.stem.endswith("x")], ids=lambda path: path.stem)
-def test_small_rows_have_the_small_settings_and_the_classes_of_their_data(path: Path) -> None:
+def test_small_rows_have_the_classes_of_their_data(path: Path) -> None:
     made = build(path.stem)
     net, categories = made.model.net, made.data.categories
     assert (net.things, net.stuff) == (len(categories.things), len(categories.stuff))
+
+
+def test_rows_on_shapes_differ_from_what_they_start_from_in_the_mask_head_alone() -> None:
+    start = content("start_shapes")
+    rows = [path.stem for path in FILES if path.stem.startswith("shapes_")]
+    assert rows
+    for name in rows:
+        row = content(name)
+        task, net = row["model"]["init_args"], row["model"]["init_args"]["net"]["init_args"]
+        assert {key: net[key] for key in net if key not in ("evolve", "penalty")} == start["model"]["init_args"]["net"][
+            "init_args"
+        ]
+        assert task["weights"] == "runs/start_shapes/version_0/weights/last.safetensors"
+        assert task["without"] == ["roi_heads.mask_head."]
+        images, seen = (each["data"]["init_args"]["source"]["init_args"] for each in (row, start))
+        assert images["seed"] != seen.get("seed", 0)
+        assert {**images, "seed": 0, "train": 0} == {**seen, "seed": 0, "train": 0}
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.stem.startswith("mini_")], ids=lambda path: path.stem)
+def test_small_rows_have_the_small_settings(path: Path) -> None:
     given = content(path.stem)["model"]["init_args"]["net"]["init_args"]
     side = content(path.stem)["data"]["init_args"]["shortest_test"]
     for part, wanted in mini_settings(side).items():

@@ -37,7 +37,7 @@ def test_an_image_is_a_function_of_seed_split_and_place():
     first, again = layout.draw(128, **base), layout.draw(128, **base)
     np.testing.assert_array_equal(first.image, again.image)
     np.testing.assert_array_equal(first.places, again.places)
-    for change in ({"seed": 1}, {"split": "val"}, {"index": 4}):
+    for change in ({"seed": 1}, {"split": "val"}, {"index": 4}, {"plain": True}):
         assert (layout.draw(128, **{**base, **change}).image != first.image).any()
 
 
@@ -48,6 +48,22 @@ def test_a_picture_of_a_seed_stays_what_it_is():
     assert drawn.names == NAMES
     assert int(drawn.image.astype(np.int64).sum()) == PIXELS
     assert np.bincount(drawn.places.ravel()).tolist() == AREAS
+
+
+def test_plain_things_have_one_colour_each(monkeypatch):
+    drawn = {}
+    for plain in (False, True):
+        kinds = []
+        paint = layout._paint.paint
+        monkeypatch.setattr(
+            layout._paint, "paint", lambda *given, kinds=kinds, paint=paint: (kinds.append(given), paint(*given))
+        )
+        for index in range(4):
+            layout.draw(128, (6, 14), plain=plain, seed=5, split="train", index=index)
+        monkeypatch.undo()
+        drawn[plain] = {int(given[7][0]) for given in kinds if given[6] != 0}  # textures of what has a place
+    assert drawn[True] == {layout._paint.PLAIN}
+    assert len(drawn[False]) > 3
 
 
 @pytest.mark.parametrize("size", [128, 200])
@@ -178,6 +194,13 @@ def test_files_hold_the_pixels_made_on_the_fly(tmp_path):
         assert report.findings == ()
 
 
+def test_plain_shapes_are_written_as_they_are_made(tmp_path):
+    _write(tmp_path, plain=True)
+    read = CocoPanoptic(tmp_path / "train", tmp_path / "panoptic_train.json")
+    made = Shapes(128, images=6, plain=True)
+    assert all(np.array_equal(read.scene(k).image, made.scene(k).image) for k in range(6))
+
+
 def test_a_writing_broken_off_goes_on(tmp_path):
     _write(tmp_path)
     before = _files(tmp_path)
@@ -199,6 +222,7 @@ def test_a_writing_broken_off_goes_on(tmp_path):
         ({"seed": 1}, "of other seed"),
         ({"images": (7, 3)}, "of other images"),
         ({"objects": (1, 2)}, "of other shapes"),
+        ({"plain": True}, "of other shapes"),
     ],
 )
 def test_two_sets_cannot_share_a_folder(tmp_path, change, words):
@@ -249,6 +273,7 @@ def test_the_command(tmp_path, capsys):
         (["--images", "5"], "'5' is not two whole numbers"),
         (["--size", "64"], "size must be a whole number of 128 to 512 pixels, not 64"),
         (["--seed", "1"], "the folder holds a data set of other seed"),
+        (["--plain"], "the folder holds a data set of other shapes"),
         (["--color", "1"], "unrecognized arguments"),
     ):
         assert main([*arguments, *wrong]) == 2

@@ -202,7 +202,7 @@ def test_a_recurrent_network_starts_from_weights_of_a_panoptic_fpn(tmp_path: Pat
     fpn = build(PanopticFPN, described, "a network")
     save_net(fpn.state_dict(), tmp_path / "fpn.safetensors", Origin(net=described))
     net = build(RFPN, {**described, "class_path": "crbp.models.RFPN"}, "a network")
-    PanopticTask(net, weights=str(tmp_path / "fpn.safetensors"), anew=("roi_heads.mask_head.",)).on_fit_start()
+    PanopticTask(net, weights=str(tmp_path / "fpn.safetensors"), without=("roi_heads.mask_head.",)).on_fit_start()
     given = {name: value for name, value in fpn.state_dict().items() if not name.startswith("roi_heads.mask_head.")}
     assert all(torch.equal(net.state_dict()[name], value) for name, value in given.items())
 

@@ -32,7 +32,15 @@ from crbp.tasks._stop import StopOnSignal, Stopped, lost_process
 from crbp.tasks.finite import NonFinite
 from crbp.tasks.learning import LearningCheck
 from crbp.tasks.predictions import PredictionWriter
-from crbp.tasks.weights import CODE, Origin, SafetensorsExport, read_state, refuse_functions, to_hand_on
+from crbp.tasks.weights import (
+    CODE,
+    Origin,
+    SafetensorsExport,
+    read_state,
+    refuse_functions,
+    to_hand_on,
+    trust_packages,
+)
 
 COMMANDS = ("fit", "validate", "test", "predict")
 
@@ -92,6 +100,7 @@ def _trust(arguments: list[str]) -> list[str]:
     found, others = parser.parse_known_args(arguments)
     try:
         set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=[*_TRUSTED, *found.trust])
+        trust_packages(found.trust)
     except ValueError as error:
         raise CrbpError(f"--trust takes names of packages; {error}") from error
     return others

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 import crbp
+from crbp._checkpoint import checkpoint_file
 from crbp._checks import choice, count, non_negative, share
 from crbp.data.panoptic import Categories
 from crbp.metrics import DetectionAP, PanopticQuality, PanopticWriter
@@ -23,7 +24,7 @@ from crbp.models.panoptic import PanopticResult, load_weights
 from crbp.tasks._backward import log_backward
 from crbp.tasks._resume import ResumableModule
 from crbp.tasks.panoptic_data import PanopticBatch, Truth
-from crbp.tasks.weights import WeightsError, load_net
+from crbp.tasks.weights import WeightsError, load_net, trusted_packages
 
 Optimizer = Literal["sgd", "adamw"]
 Stage = Literal["val", "test"]
@@ -59,9 +60,9 @@ class PanopticTask(ResumableModule):
         average_precision: measure it in validation and test; it takes about as long as panoptic quality.
         steps: of the mask head's recurrence in validation, test and prediction; None for those it is trained with.
         weights: to start training from, as `crbp.models.panoptic.load_weights` takes them: ``"imagenet"``, a file of
-            detectron2's or torchvision's, or a `.safetensors` file that `crbp fit` wrote of either network; None to
-            train from scratch.
-        anew: beginnings of the names of what those weights do not give, and is trained from scratch all the same, such
+            detectron2's or torchvision's, or of either network a `.safetensors` file or the folder of the run that
+            `crbp fit` wrote; None to train from scratch.
+        without: beginnings of names of what is not taken from those weights but trained from scratch all the same, such
             as ``["roi_heads.mask_head."]`` where an R-FPN starts from a Panoptic FPN.
         results: write what a test finds as COCO's server takes it: this JSON, and PNGs in the folder of the same name.
             None for nothing. With several processes each writes its own, its rank in the name.
@@ -88,7 +89,7 @@ class PanopticTask(ResumableModule):
         average_precision: bool = True,
         steps: int | None = None,
         weights: str | None = None,
-        anew: tuple[str, ...] = (),
+        without: tuple[str, ...] = (),
         results: str | None = None,
     ) -> None:
         super().__init__()
@@ -107,15 +108,15 @@ class PanopticTask(ResumableModule):
             count("steps", steps)
             if not isinstance(net, RFPN):
                 raise ValueError(f"steps={steps} needs a recurrent mask head; {type(net).__name__} has none")
-        if anew and weights is None:
-            raise ValueError(f"anew={list(anew)} needs weights to start from; without them everything starts anew")
+        if without and weights is None:
+            raise ValueError(f"without={list(without)} leaves out of weights, and there are none to start from")
         self.save_hyperparameters(ignore=["net"])
         self.net = net
         self.optimizer, self.learning_rate, self.reference_batch = optimizer, learning_rate, reference_batch
         self.momentum, self.weight_decay = momentum, weight_decay
         self.warmup_steps, self.milestones = warmup_steps, tuple(milestones)
         self.average_precision, self.steps = average_precision, steps
-        self.weights, self.anew, self.results = weights, tuple(anew), results
+        self.weights, self.without, self.results = weights, tuple(without), results
         self._files = ExitStack()
         self._writer: PanopticWriter | None = None
         self._has_weights = False
@@ -144,8 +145,7 @@ class PanopticTask(ResumableModule):
             WeightsError: if a `.safetensors` file cannot be read.
         """
         if self.weights is not None and not self._has_weights:
-            own = self.weights.endswith(".safetensors")
-            load_weights(self.net, _panoptic(self.weights) if own else self.weights, anew=self.anew)
+            load_weights(self.net, _source(self.weights), without=self.without)
         self._has_weights = True
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -318,11 +318,14 @@ class PanopticTask(ResumableModule):
             self.log(f"{stage}/{name}", value, prog_bar=name == "pq", sync_dist=True)
 
 
-def _panoptic(path: str) -> PanopticFPN:
-    """The network of a file of weights, which must be a panoptic one."""
-    net = load_net(path)
+def _source(named: str) -> str | PanopticFPN:
+    """What weights are to come from: a network of crbp's, or what `load_weights` reads by itself."""
+    file = checkpoint_file(Path(named))
+    if file.suffix != ".safetensors":
+        return named
+    net = load_net(file, trust=trusted_packages())
     if not isinstance(net, PanopticFPN):
-        raise WeightsError(f"{path} holds a {type(net).__name__}; a panoptic network starts from a panoptic one")
+        raise WeightsError(f"{file} holds a {type(net).__name__}; a panoptic network starts from a panoptic one")
     return net
 
 

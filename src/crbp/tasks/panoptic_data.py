@@ -162,6 +162,7 @@ class GeneratedShapes(PanopticSource):
         train: images of training.
         val: images of validation and test.
         objects: least and most things of an image.
+        plain: things have one colour each and no texture: a small network learns them within minutes.
         seed: another seed gives other images.
     """
 
@@ -169,6 +170,7 @@ class GeneratedShapes(PanopticSource):
     train: int = 8_000
     val: int = 500
     objects: tuple[int, int] = (6, 14)
+    plain: bool = False
     seed: int = 0
 
     @property
@@ -184,7 +186,15 @@ class GeneratedShapes(PanopticSource):
 
         images = self.train if name == "train" else self.val
         split: Any = name
-        return Shapes(self.size, split=split, images=images, objects=self.objects, seed=self.seed, transform=transform)
+        return Shapes(
+            self.size,
+            split=split,
+            images=images,
+            objects=self.objects,
+            plain=self.plain,
+            seed=self.seed,
+            transform=transform,
+        )
 
 
 class PanopticData(ResumableData):

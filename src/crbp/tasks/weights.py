@@ -29,10 +29,21 @@ from crbp.tasks._messages import one_line
 
 _PREFIX = "net."
 CODE = "code.json"  # in the folder of a run
+_trusted: list[str] = []
 
 
 class WeightsError(crbp.CrbpError, ValueError):
     """A file of weights cannot be read, or does not fit the network that its configuration describes."""
+
+
+def trust_packages(packages: Sequence[str]) -> None:
+    """Say which packages the user trusts, besides crbp, for the rest of this process."""
+    _trusted[:] = packages
+
+
+def trusted_packages() -> tuple[str, ...]:
+    """crbp, and what `trust_packages` was told."""
+    return ("crbp", *_trusted)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -372,34 +372,56 @@ def test_files_are_found_by_text_too(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("kind", "other", "anew"),
+    ("kind", "other", "left"),
     [(RFPN, PanopticFPN, "roi_heads.mask_head."), (PanopticFPN, RFPN, "roi_heads.mask_head."), (RFPN, RFPN, "rpn.")],
 )
-def test_another_network_gives_all_but_what_stays(kind, other, anew):
+def test_another_network_gives_all_but_what_stays(kind, other, left):
     model, source = _model(kind), _model(other)
     kept, given = {name: value.clone() for name, value in model.state_dict().items()}, source.state_dict()
-    load_weights(model, source, anew=[anew])
+    load_weights(model, source, without=[left])
     for name, value in model.state_dict().items():
-        assert torch.equal(value, (kept if name.startswith(anew) else given)[name]), name
-    assert any(name.startswith(anew) for name in kept)
+        assert torch.equal(value, (kept if name.startswith(left) else given)[name]), name
+    assert any(name.startswith(left) for name in kept)
 
 
 def test_a_checkpoint_gives_all_but_what_stays():
     model, table = _model(RFPN), _theirs(_model(things=4))
     predictors = ["roi_heads.box_predictor.", "roi_heads.mask_predictor.mask_fcn_logits."]
-    with pytest.raises(CheckpointError, match="name in anew what is to stay"):
-        load_weights(model, table, anew=predictors)
+    with pytest.raises(CheckpointError, match="left out in without"):
+        load_weights(model, table, without=predictors)
     kept = {name: value.clone() for name, value in model.state_dict().items()}
-    anew = [*predictors, "roi_heads.mask_head."]
-    load_weights(model, table, anew=anew)
+    left = [*predictors, "roi_heads.mask_head."]
+    load_weights(model, table, without=left)
     for name, value in model.state_dict().items():
-        stays = name.startswith(tuple(anew))
+        stays = name.startswith(tuple(left))
         assert torch.equal(value, kept[name] if stays else table[detectron2_name(name)].view_as(value)), name
 
 
-def test_what_stays_must_be_there():
-    with pytest.raises(CheckpointError, match=r"begins with 'roi_head\.mask'"):
-        load_weights(_empty(), _empty(), anew=["roi_head.mask"])
+@pytest.mark.parametrize("name", ["roi_head.mask", ""])
+def test_what_is_left_out_must_be_there(name):
+    with pytest.raises(CheckpointError, match=f"begins with '{name}'"):
+        load_weights(_empty(), _empty(), without=[name])
+
+
+def test_what_is_left_out_is_of_what_the_source_could_give():
+    with pytest.raises(CheckpointError, match=r"begins with 'rpn\.'"):
+        load_weights(_empty(pixels=PixelSettings.torchvision()), _network().state_dict(), without=["rpn."])
+    with pytest.raises(TypeError, match="a list of beginnings"):
+        load_weights(_empty(), _empty(), without="rpn.")
+
+
+def test_the_place_of_the_stride_must_be_that_of_another_network():
+    with torch.device("meta"):
+        theirs = PanopticFPN(**tiny_settings(depth=50, backbone=BackboneSettings(stride_in_1x1=False, channels=32)))
+    with pytest.raises(CheckpointError, match="trained with stride_in_1x1=False"):
+        load_weights(_empty(depth=50), theirs)
+
+
+def test_weights_of_crbp_are_read_elsewhere(tmp_path):
+    with pytest.raises(CheckpointError, match="give the network itself"):
+        load_weights(_empty(), _model().state_dict())
+    with pytest.raises(CheckpointError, match=r"is for crbp\.tasks\.load_net"):
+        load_weights(_empty(), tmp_path / "net.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -407,6 +429,7 @@ def test_what_stays_must_be_there():
     [
         ({"things": 4}, "of another shape"),
         ({"pixels": PixelSettings.torchvision()}, "trained with pixels="),
+        ({"backbone": BackboneSettings(norm="group", channels=32)}, "trained with GroupNorm"),
         ({"proposals": ProposalSettings(anchor_sizes=(1.0, 2.0, 3.0, 4.0, 5.0))}, "trained with anchors"),
     ],
 )

@@ -41,11 +41,12 @@ class _Thing(NamedTuple):
     crowd: bool
 
 
-def draw(size: int, objects: tuple[int, int], *, seed: int, split: str, index: int) -> Drawn:
+def draw(size: int, objects: tuple[int, int], *, plain: bool = False, seed: int, split: str, index: int) -> Drawn:
     """The picture `index` of a split: a function of the arguments alone, the same on every machine."""
-    words = f"shapes {STREAM_VERSION} {size} {objects[0]} {objects[1]} {seed} {split} {index}"
+    kind = "plain shapes" if plain else "shapes"
+    words = f"{kind} {STREAM_VERSION} {size} {objects[0]} {objects[1]} {seed} {split} {index}"
     stream = Stream(int.from_bytes(hashlib.blake2b(words.encode(), digest_size=16).digest(), "little"))
-    picture = _Picture(size, stream)
+    picture = _Picture(size, stream, plain=plain)
     if stream.chance(0.1):
         picture.add_crowd()
     for _ in range(stream.whole(*objects)):
@@ -60,8 +61,8 @@ def draw(size: int, objects: tuple[int, int], *, seed: int, split: str, index: i
 class _Picture:
     """A picture while it is made. Places count from 1: first the regions of stuff, then the things."""
 
-    def __init__(self, size: int, stream: Stream) -> None:
-        self.stream, self.pixel = stream, WINDOW / size
+    def __init__(self, size: int, stream: Stream, *, plain: bool = False) -> None:
+        self.stream, self.pixel, self.plain = stream, WINDOW / size, plain
         self.image = np.empty((size, size, 3), np.float32)
         self.places = np.empty((size, size), np.uint8)
         kinds = list(range(len(STUFF)))
@@ -166,6 +167,8 @@ class _Picture:
 
     def _new_texture(self) -> Texture:
         stream = self.stream
+        if self.plain:
+            return _texture(stream, _paint.PLAIN, period=(5.0, 11.0))
         kind = _paint.PLAIN if stream.chance(0.35) else stream.whole(0, len(STUFF) - 1)
         texture = _texture(stream, kind, period=(5.0, 11.0))
         if stream.chance(0.15):  # the colours of the ground: only shape and edge remain to tell it

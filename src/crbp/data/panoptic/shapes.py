@@ -38,13 +38,17 @@ class Shapes(PanopticDataset):
     class nor border. Things overlap neighbours that look the same; long ones pass under others that cut them in two;
     thin lines that are no thing lie over all. At least 40 % of every thing is visible. One image in ten has a crowd.
 
-    Image i is a function of ``(size, objects, seed, split, i)`` alone, and what `write_shapes` writes.
+    With ``plain`` things have one colour each, which makes their shapes easy to see, for models that are to learn in
+    minutes; they still overlap others of the same colour.
+
+    Image i is a function of ``(size, objects, plain, seed, split, i)`` alone, and what `write_shapes` writes.
 
     Args:
         size: height and width in pixels, 128 to 512; the picture is the same in kind, with more pixels.
         split: ``"train"`` or ``"val"``, which share no image.
         images: number of images.
         objects: least and most things of an image; one that finds no place where enough of all can be seen is left out.
+        plain: things have one colour each and no texture.
         seed: another seed gives other images.
         transform: chooses size and flip of each image; None keeps every image as it is.
 
@@ -59,6 +63,7 @@ class Shapes(PanopticDataset):
         split: Split = "train",
         images: int = 10_000,
         objects: tuple[int, int] = (6, 14),
+        plain: bool = False,
         seed: int = 0,
         transform: Transform | None = None,
     ) -> None:
@@ -66,7 +71,7 @@ class Shapes(PanopticDataset):
         choice("split", split, get_args(Split))
         count("images", images)
         super().__init__(CATEGORIES, transform)
-        self.size, self.split, self.objects, self.seed = size, split, (objects[0], objects[1]), seed
+        self.size, self.split, self.objects, self.plain, self.seed = size, split, (objects[0], objects[1]), plain, seed
         self._images = images
 
     def __len__(self) -> int:
@@ -80,7 +85,7 @@ class Shapes(PanopticDataset):
     def scene(self, index: int) -> Scene:
         """The image at a place with its segments; its number is the place + 1."""
         index = self.resolve(index)
-        drawn = _layout.draw(self.size, self.objects, seed=self.seed, split=self.split, index=index)
+        drawn = _layout.draw(self.size, self.objects, plain=self.plain, seed=self.seed, split=self.split, index=index)
         numbers = np.array([_NUMBERS[name] for name in drawn.names], np.int32)
         crowd = np.array(drawn.crowd, np.bool_)
         return Scene(index + 1, Image.fromarray(drawn.image), drawn.places, segment_ids(numbers), numbers, crowd)

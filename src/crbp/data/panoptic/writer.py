@@ -37,6 +37,7 @@ class _Job(NamedTuple):
     out: Path
     size: int
     objects: tuple[int, int]
+    plain: bool
     seed: int
     split: Split
     batch: int
@@ -50,6 +51,7 @@ def write_shapes(
     images: tuple[int, int] = (10_000, 1_000),
     size: int = 192,
     objects: tuple[int, int] = (6, 14),
+    plain: bool = False,
     seed: int = 0,
     batch_size: int = 100,
     workers: int | None = None,
@@ -69,6 +71,7 @@ def write_shapes(
         images: number of images of train and of val.
         size: height and width in pixels, 128 to 512.
         objects: least and most things of an image; see `Shapes`.
+        plain: things have one colour each and no texture.
         seed: of the set.
         batch_size: images a checksum file.
         workers: processes; the cores at hand by default; 1 works in this process.
@@ -85,14 +88,19 @@ def write_shapes(
         count("workers", workers)
     root, manifest = Path(out), Path(out) / "manifest.json"
     task = {
-        _KEY: {"size": size, "objects": list(objects), "stream_version": STREAM_VERSION},
+        _KEY: {
+            "size": size,
+            "objects": list(objects),
+            "stream_version": STREAM_VERSION,
+            **({"plain": True} if plain else {}),
+        },
         "seed": seed,
         "images": list(images),
         "batch_size": batch_size,
     }
     _claim(manifest, task)
     jobs = [
-        _Job(root, size, (objects[0], objects[1]), seed, split, k, start, min(batch_size, total - start))
+        _Job(root, size, (objects[0], objects[1]), plain, seed, split, k, start, min(batch_size, total - start))
         for split, total in zip(get_args(Split), images, strict=True)
         for k, start in enumerate(range(0, total, batch_size))
     ]
@@ -119,7 +127,14 @@ def _checksums(job: _Job) -> Path:
 
 def _write_batch(job: _Job) -> int:
     """Write the images of a batch, their part of the JSON files, then its checksums, which say that it is whole."""
-    shapes = Shapes(job.size, split=job.split, images=job.start + job.images, objects=job.objects, seed=job.seed)
+    shapes = Shapes(
+        job.size,
+        split=job.split,
+        images=job.start + job.images,
+        objects=job.objects,
+        plain=job.plain,
+        seed=job.seed,
+    )
     sums: dict[str, str] = {}
     part: dict[str, list[Any]] = {"images": [], "panoptic": [], "instances": []}
     for index in range(job.start, job.start + job.images):

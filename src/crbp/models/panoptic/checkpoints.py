@@ -26,15 +26,15 @@ _COUNTER = "num_batches_tracked"
 
 
 def load_weights(
-    model: PanopticFPN, source: str | Path | Mapping[str, Any] | PanopticFPN, *, anew: Sequence[str] = ()
+    model: PanopticFPN, source: str | Path | Mapping[str, Any] | PanopticFPN, *, without: Sequence[str] = ()
 ) -> None:
     """Load weights that were made elsewhere.
 
     Of a whole model: a `.pkl` or `.pth` checkpoint of detectron2's Panoptic FPN, or of the released R-FPN. Of its
     ResNet only: MSRA's ImageNet weights as detectron2 has them (`R-50.pkl`, with names such as ``res2_0_branch2a_w``),
     or torchvision's. Nothing in a file is run: only tensors, arrays and containers are read. Or of another network,
-    such as `crbp.tasks.load_net` gives. An R-FPN starts from a Panoptic FPN with ``anew=("roi_heads.mask_head.",)``,
-    and a model for other classes with those of its predictors.
+    such as `crbp.tasks.load_net` gives. An R-FPN starts from a Panoptic FPN
+    ``without=["roi_heads.mask_head."]``, and a model for other classes without the predictors.
 
     Every tensor is accounted for. What detectron2 stores beside the weights, anchors and the scaling of pixels, is
     compared with the model's; the classifier of ImageNet is left out.
@@ -43,17 +43,19 @@ def load_weights(
         model: to be changed, on any device.
         source: a file, the table of tensors itself, another network, or ``"imagenet"`` for torchvision's weights, which
             are downloaded unless torch's cache has them.
-        anew: beginnings of names, as in ``model.state_dict()``, of what stays as it is and may be missing or of another
-            shape in the source.
+        without: beginnings of names, as in ``model.state_dict()``, of what is not taken from the source, where it may
+            be missing or of another shape; it stays as it is in the model.
 
     Raises:
         CheckpointError: if the source cannot be read; if names are unknown, missing, or of other shapes, all of which
-            are listed; if nothing has a name that ``anew`` begins; or if the weights were trained with another place of
-            the stride, other pixels or other anchors than the model's. The model is then left as it was.
+            are listed; if nothing that the source could give has a name that begins as one in ``without`` does; or if
+            the weights were trained with another place of the stride, other pixels, anchors or norms than the model's.
+            The model is then left as it was.
+        TypeError: if ``without`` is one text.
     """
-    ours, stays = dict(model.state_dict()), tuple(anew)
-    if strange := [each for each in anew if not any(name.startswith(each) for name in ours)]:
-        raise CheckpointError(f"nothing in the model has a name that begins with {', '.join(map(repr, strange))}")
+    if isinstance(without, str):
+        raise TypeError(f"without must be a list of beginnings of names, not the text {without!r}")
+    ours, stays = dict(model.state_dict()), tuple(without)
     if isinstance(source, PanopticFPN):
         new = _matched(ours, {name: name for name in ours}, _of_network(model, source), stays)
     else:
@@ -64,13 +66,27 @@ def load_weights(
 
 
 def _table(model: PanopticFPN, source: str | Path | Mapping[str, Any]) -> dict[str, Tensor]:
-    if isinstance(source, Mapping):
-        return tensors(source)
-    return _download(model.depth) if str(source) == IMAGENET else tensors(read_checkpoint(Path(source)))
+    if str(source) == IMAGENET:
+        return _download(model.depth)
+    if not isinstance(source, Mapping) and Path(source).suffix == ".safetensors":
+        raise CheckpointError(f"{source} is for crbp.tasks.load_net; give the network that it returns")
+    table = tensors(source if isinstance(source, Mapping) else read_checkpoint(Path(source)))
+    if any(name.startswith(_BODY) for name in table):
+        raise CheckpointError("these are weights of a network of crbp's; give the network itself")
+    return table
 
 
 def _of_network(model: PanopticFPN, other: PanopticFPN) -> dict[str, Tensor]:
     """The tensors of another network, once it is seen to look at images as the model does."""
+    if model.depth > 18 and model.stride_in_1x1 != other.stride_in_1x1:
+        raise CheckpointError(
+            f"the weights were trained with stride_in_1x1={other.stride_in_1x1}; give the model the same"
+        )
+    norms = [type(each.backbone.body.bn1).__name__ for each in (model, other)]
+    if norms[0] != norms[1]:
+        raise CheckpointError(
+            f"the weights were trained with {norms[1]} in the ResNet, and the model has {norms[0]} there"
+        )
     if model.pixels != other.pixels:
         raise CheckpointError(f"the weights were trained with pixels={other.pixels}; give the model the same")
     for ours, theirs in zip(
@@ -114,6 +130,10 @@ def _matched(
     ours: Mapping[str, Tensor], names: Mapping[str, str], table: Mapping[str, Tensor], stays: tuple[str, ...]
 ) -> dict[str, Tensor]:
     """Our tensors by our names, from theirs by their names, but for those that stay by the beginnings of ours."""
+    if strange := [each for each in stays if not (each and any(name.startswith(each) for name in ours))]:
+        raise CheckpointError(
+            f"nothing that these weights are for has a name that begins with {', '.join(map(repr, strange))}"
+        )
     of = {theirs: name for name, theirs in names.items()}
     table = {name: value for name, value in table.items() if not of.get(name, name).startswith(stays)}
     ours = {name: value for name, value in ours.items() if not name.startswith(stays)}
@@ -143,8 +163,8 @@ def _matched(
     ]
     if problems:
         raise CheckpointError(
-            f"the weights do not fit the model ({'; '.join(problems)}); check its kind, depth and "
-            "numbers of classes, or name in anew what is to stay as it is"
+            f"the weights do not fit the model ({'; '.join(problems)}); check its kind, depth, width, "
+            "channels and numbers of classes, or name what is to be left out in without"
         )
     return new
 
