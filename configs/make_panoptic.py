@@ -26,11 +26,11 @@ METHODS = {
 }  # fmt: skip
 TERMS = 15  # of the Neumann series
 SMALL_BOXES = {"channels": 256, "samples": 64, "detections": 50}
-NARROW_BOXES = {"channels": 128, "samples": 32, "positive_share": 0.5, "detections": 50}
+NARROW_BOXES = {"channels": 128, "samples": 32, "detections": 50}
 COMPARED = ("fpn", "bptt1", "bptt3", "crbp10", "crbp20")  # on generated shapes
 MASK_HEAD = "roi_heads.mask_head."
 START = "start_shapes"  # the row whose weights those on shapes start from
-START_STEPS, ROW_STEPS = 5_000, 1_000  # of four images
+START_STEPS, ROW_STEPS = 3_000, 600  # of four images
 STOP = 0.01  # relative size of a term at which the series of these rows ends
 
 
@@ -108,7 +108,10 @@ def small(method: str, side: int, steps: int, *, narrow: bool = False) -> dict[s
         warmup_steps=100,
         milestones=[0.7, 0.9],
     )
-    source = thing("tasks.GeneratedShapes", size=side, train=4 * steps, val=200)
+    images = {"size": side, "train": 4 * steps, "val": 200}
+    if narrow:
+        images |= {"objects": [3, 8], "plain": True}
+    source = thing("tasks.GeneratedShapes", **images)
     data = {"batch_size": 4, "shortest": [side], "shortest_test": side, "longest": 2 * side}
     return {
         "seed_everything": 0,
@@ -151,7 +154,7 @@ def rows() -> Iterator[tuple[str, str, dict[str, Any]]]:
     for method in ("fpn", "crbp20"):
         name = "fpn_r101_3x" if method == "fpn" else f"rfpn_r101_{method}_3x"
         yield name, f"COCO, ResNet-101, {named(method)}, 3× schedule", coco(method, 101, 3)
-    shapes = "Generated shapes of 128 pixels, ResNet-18 of a quarter of the width"
+    shapes = "Plain shapes of 128 pixels, ResNet-18 of a quarter of the width"
     yield START, f"{shapes}: what the rows shapes_* start from", small("fpn", 128, START_STEPS, narrow=True)
     for method in COMPARED:
         name = "fpn" if method == "fpn" else f"rfpn_{method}"
