@@ -216,6 +216,11 @@ def test_training_does_not_start_from_weights_of_another_kind_of_network(tmp_pat
         task.on_fit_start()
 
 
+def test_nothing_is_left_out_where_there_are_no_weights() -> None:
+    with pytest.raises(ValueError, match="there are none to start from"):
+        PanopticTask(tiny_net("fpn"), without=("rpn.",))
+
+
 def test_training_images_must_make_a_batch() -> None:
     with pytest.raises(DataError, match="10 training images make no batch of 11"):
         tiny_data(batch_size=11).train_dataloader()

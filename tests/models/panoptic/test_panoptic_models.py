@@ -16,6 +16,7 @@ import crbp.models
 from crbp import BPTT, RBP, Evolve, Neumann
 from crbp.models import RFPN, PanopticFPN, PanopticResult
 from crbp.models.panoptic import BackboneSettings, MaskSettings, mini_settings
+from crbp.models.panoptic.backbone import Backbone
 from crbp.models.panoptic.mask_head import RecurrentMaskHead, settle_each
 from crbp.models.panoptic.semantic_head import SemanticHead
 from crbp.models.panoptic.settings import SemanticSettings
@@ -425,3 +426,12 @@ def test_bad_images_are_named(images, sizes, named):
     model.pixel_mean, model.pixel_std = torch.zeros(3, 1, 1), torch.ones(3, 1, 1)
     with pytest.raises(ValueError, match=named):
         model(images, sizes=sizes)
+
+
+@pytest.mark.parametrize(
+    ("channels", "groups"), [(64, 32), (128, 32), (16, 8), (32, 16), (48, 16), (12, 4), (7, 1), (1, 1)]
+)
+def test_groups_of_a_norm_have_two_channels_or_more(channels, groups):
+    backbone = Backbone(18, BackboneSettings(norm="group", width=channels, channels=32))
+    norm = backbone.body.layer1[0].bn1
+    assert (norm.num_groups, norm.num_channels) == (groups, channels)
