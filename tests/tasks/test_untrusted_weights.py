@@ -17,7 +17,7 @@ from tiny_contours import LEAF_SPEC, tiny_data, tiny_net, tiny_task, trainer
 from crbp.cli import main
 from crbp.models.panoptic._unpickle import CheckpointError, read_checkpoint
 from crbp.tasks import Origin, WeightsError, load_net, save_net
-from crbp.tasks.weights import load_trained, read_state
+from crbp.tasks.weights import load_trained, read_state, trusted_packages
 
 pytestmark = pytest.mark.filterwarnings(LEAF_SPEC)
 CONFIGS = Path(__file__).parents[2] / "configs" / "pathfinder"
@@ -148,6 +148,7 @@ def test_a_class_of_a_trusted_package_is_imported(
     assert main(["fit", "--config", str(tmp_path / "a.yaml"), "--trust", "stranger"]) == 2
     assert "has no attribute 'Model'" in capsys.readouterr().err
     assert (tmp_path / "imported").exists()
+    assert trusted_packages() == ("crbp", "stranger")  # for weights that the run starts from as well
 
 
 @pytest.mark.parametrize("name", ["os.system", "crbp.data._files.os.system", "crbp.tasks.weights.torch.load"])

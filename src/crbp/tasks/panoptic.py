@@ -60,8 +60,8 @@ class PanopticTask(ResumableModule):
         average_precision: measure it in validation and test; it takes about as long as panoptic quality.
         steps: of the mask head's recurrence in validation, test and prediction; None for those it is trained with.
         weights: to start training from, as `crbp.models.panoptic.load_weights` takes them: ``"imagenet"``, a file of
-            detectron2's or torchvision's, or of either network a `.safetensors` file or the folder of the run that
-            `crbp fit` wrote; None to train from scratch.
+            detectron2's or torchvision's, or of either network what `crbp analyze` takes: the file or folder
+            that `crbp fit` wrote; None to train from scratch.
         without: beginnings of names of what is not taken from those weights but trained from scratch all the same, such
             as ``["roi_heads.mask_head."]`` where an R-FPN starts from a Panoptic FPN.
         results: write what a test finds as COCO's server takes it: this JSON, and PNGs in the folder of the same name.
@@ -321,7 +321,7 @@ class PanopticTask(ResumableModule):
 def _source(named: str) -> str | PanopticFPN:
     """What weights are to come from: a network of crbp's, or what `load_weights` reads by itself."""
     file = checkpoint_file(Path(named))
-    if file.suffix != ".safetensors":
+    if file.suffix not in (".safetensors", ".ckpt"):
         return named
     net = load_net(file, trust=trusted_packages())
     if not isinstance(net, PanopticFPN):
