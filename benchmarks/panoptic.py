@@ -29,7 +29,7 @@ from crbp.tasks import PanopticData, PanopticTask, load_net
 from crbp.tasks.weights import build
 
 CONFIGS = ROOT / "configs" / "panoptic"
-STEPS = (1, 2, 3, 5, 7, 10, 15, 20, 25, 30)  # of the mask head, at which a recurrent network is measured
+STEPS = (1, 2, 3, 5, 10, 20, 30)  # of the mask head, at which a recurrent network is measured
 
 
 def analyse(name: str, run: Path) -> bool:
