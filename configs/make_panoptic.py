@@ -130,6 +130,7 @@ def started(method: str) -> dict[str, Any]:
     made = small(method, 128, ROW_STEPS, narrow=True)
     made["trainer"]["val_check_interval"] = 1.0
     made["model"]["init_args"] |= {
+        "learning_rate": 0.0005,
         "average_precision": False,
         "weights": f"runs/{START}/version_0/weights/last.safetensors",
         "without": [MASK_HEAD],
