@@ -138,6 +138,19 @@ def test_autocast_at_the_first_call_does_not_last() -> None:
     torch.testing.assert_close(fused(x, y), torch.tanh(x @ y))
 
 
+def test_a_first_call_under_hooks_on_saved_tensors_compiles_all_the_same() -> None:
+    fused, x = ops.Fused(curve), torch.randn(5, 3, requires_grad=True)
+    with crbp.activation_memory() as memory:
+        value = fused(x, x.detach())
+        (first,) = torch.autograd.grad(value.sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(first.sum(), x)
+    assert memory.bytes > 0
+    assert len(fused._compiled) == 3
+    (wanted,) = torch.autograd.grad(curve(x, x.detach()).sum(), x, create_graph=True)
+    torch.testing.assert_close(first, wanted)
+    torch.testing.assert_close(second, torch.autograd.grad(wanted.sum(), x)[0])
+
+
 def test_more_sizes_than_are_compiled_run_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SIZES", 1)
     fused = ops.Fused(curve)

@@ -8,6 +8,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -157,8 +158,17 @@ def _traced(function: Callable[..., Any], tensors: Sequence[Tensor]) -> fx.Graph
         return function
     # One tensor given twice is two arguments here.
     copies = [torch.empty_strided(each.shape, each.stride(), dtype=each.dtype, device=each.device) for each in tensors]
-    graph: fx.GraphModule = make_fx(function, tracing_mode="fake")(*copies)
-    return graph
+    graded = torch.is_grad_enabled()
+
+    def trace() -> fx.GraphModule:
+        with torch.set_grad_enabled(graded):
+            graph: fx.GraphModule = make_fx(function, tracing_mode="fake")(*copies)
+        return graph
+
+    # Hooks on saved tensors, as `crbp.activation_memory` and `torch.utils.checkpoint` set them, are of one thread, and
+    # nothing can be traced under them.
+    with ThreadPoolExecutor(1) as another:
+        return another.submit(trace).result()
 
 
 def _compiled(graph: fx.GraphModule, tensors: Sequence[Tensor]) -> Callable[..., Any]:
