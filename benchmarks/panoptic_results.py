@@ -3,7 +3,7 @@
     python benchmarks/panoptic_results.py 'shapes_*' --seeds 0 1 --out results/panoptic
 
 Reads the runs of `panoptic.py`, and writes all that was measured of them to `shapes.csv`; rows that are not finished
-are left out. The weights of one of them, which come with crbp, are kept in half precision.
+are left out. The weights that all of them start from are kept in half precision.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from crbp.tasks import load_trained, save_net
 Line = dict[str, str]  # of the table of all that was measured
 QUALITIES = ("pq", "sq", "rq", "pq_things", "pq_stuff", "box_ap", "mask_ap", "true_box_iou")
 SHOWN = ("pq", "pq_things", "pq_stuff", "mask_ap", "true_box_iou")
-SHIPPED = "shapes_rfpn_crbp10"  # of seed 0
+START = "start_shapes"  # what the rows start from
 COLUMNS = ("row", "seed", "trained_steps", "parameters", "images", "steps", *QUALITIES, "seconds", "commit")
 METHODS = {
     "fpn": ("Panoptic FPN", "#000000"), "rfpn_bptt1": ("R-FPN, BPTT, 1 step", "#E69F00"),
@@ -150,9 +150,8 @@ def main() -> None:
     if not lines:
         raise SystemExit("no finished run was found; panoptic.py trains them, --runs says where they are")
     (options.out / "weights").mkdir(parents=True, exist_ok=True)
-    for run in folders:
-        if run.parent.name == SHIPPED and (run / "made.json").exists():
-            keep(run, options.out / "weights")
+    if (start := options.runs.resolve() / START / "version_0" / "made.json").exists():
+        keep(start.parent, options.out / "weights")
     with (options.out / "shapes.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
