@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,25 +60,13 @@ def in_true_boxes(net: Any, data: PanopticData, counts: Sequence[int | None]) ->
         features = net.backbone(images.tensors)
         every = torch.arange(len(target["boxes"]))
         for steps, found in zip(counts, overlaps, strict=True):
-            with stepped(net, steps):
-                masks, _ = net.roi_heads.masks(features, [target["boxes"]], target["labels"])
+            if steps is not None:
+                net.steps = steps
+            masks, _ = net.roi_heads.masks(features, [target["boxes"]], target["labels"])
             said = masks >= 0.5
             true = mask_targets(target["masks"], target["boxes"], every, masks.shape[-1])
             found.append((said & true).sum((1, 2)) / (said | true).sum((1, 2)).clamp_min(1))
     return [round(float(torch.cat(found).mean()), 5) for found in overlaps]
-
-
-@contextmanager
-def stepped(net: Any, steps: int | None) -> Iterator[None]:
-    """The network with another number of steps."""
-    if steps is None:
-        yield
-        return
-    trained, net.steps = net.steps, steps
-    try:
-        yield
-    finally:
-        net.steps = trained
 
 
 def quality(net: Any, data: PanopticData, steps: int | None, *, precise: bool) -> dict[str, float]:

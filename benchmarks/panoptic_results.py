@@ -3,7 +3,7 @@
     python benchmarks/panoptic_results.py 'shapes_*' --seeds 0 1 --out results/panoptic
 
 Reads the runs of `panoptic.py`, and writes all that was measured of them to `shapes.csv`; rows that are not finished
-are left out. The weights that all of them start from are kept in half precision.
+are left out.
 """
 
 from __future__ import annotations
@@ -12,22 +12,18 @@ import argparse
 import csv
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
-from _runs import ROOT, add_rows, label, started_from, wanted
+from _runs import ROOT, add_rows, label, wanted
 from _tables import markdown, with_tables
 from matplotlib.figure import Figure
 from panoptic import CONFIGS, STEPS
 
-from crbp.tasks import load_trained, save_net
-
 Line = dict[str, str]  # of the table of all that was measured
 QUALITIES = ("pq", "sq", "rq", "pq_things", "pq_stuff", "box_ap", "mask_ap", "true_box_iou")
 SHOWN = ("pq", "pq_things", "pq_stuff", "mask_ap", "true_box_iou")
-START = "start_shapes"  # what the rows start from
 COLUMNS = ("row", "seed", "trained_steps", "parameters", "images", "steps", *QUALITIES, "seconds", "commit")
 METHODS = {
     "fpn": ("Panoptic FPN", "#000000"), "rfpn_bptt1": ("R-FPN, BPTT, 1 step", "#E69F00"),
@@ -52,16 +48,6 @@ def collect(run: Path) -> list[dict[str, Any]]:
         "seconds": round(made["seconds"]),
     }
     return [line | each for each in found["quality"]]
-
-
-def keep(run: Path, out: Path) -> None:
-    """Write the weights of a run in half precision, without where on this machine the run started from."""
-    net, origin = load_trained(run / "weights" / "last.safetensors")
-    state = {name: value.half() if value.is_floating_point() else value for name, value in net.state_dict().items()}
-    described = json.loads(json.dumps(origin.run))
-    if "weights" in (task := described["model"]["init_args"]):
-        task["weights"] = str(started_from(CONFIGS / f"{run.parent.name}.yaml"))
-    save_net(state, out / f"{run.parent.name}.safetensors", replace(origin, run=described))
 
 
 def figure(lines: Iterable[Line]) -> Figure:
@@ -149,9 +135,7 @@ def main() -> None:
         raise SystemExit(f"the table is of the rows shapes_*, not of {', '.join(sorted(strange))}")
     if not lines:
         raise SystemExit("no finished run was found; panoptic.py trains them, --runs says where they are")
-    (options.out / "weights").mkdir(parents=True, exist_ok=True)
-    if (start := options.runs.resolve() / START / "version_0" / "made.json").exists():
-        keep(start.parent, options.out / "weights")
+    options.out.mkdir(parents=True, exist_ok=True)
     with (options.out / "shapes.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()

@@ -9,13 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from torch import Tensor
 
-from crbp.models import RFPN, PanopticFPN
 from crbp.models.panoptic.mask_head import mask_targets
-from crbp.tasks import GeneratedShapes, Origin, PanopticData, load_net, save_net
-from crbp.tasks.weights import build
+from crbp.tasks import GeneratedShapes, PanopticData
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "panoptic"
 FOLDER = Path(__file__).parents[2] / "results" / "panoptic"
@@ -78,32 +75,6 @@ def test_a_row_that_starts_from_another_says_from_which(load_script: Callable[[s
     assert runs.started_from(CONFIGS / "shapes_fpn.yaml") == start
     assert runs.started_from(CONFIGS / "start_shapes.yaml") is None
     assert runs.started_from(CONFIGS / "fpn_r50_1x.yaml") is None  # ImageNet is no row
-
-
-def test_what_is_kept_of_weights_is_half_as_precise_and_says_nothing_of_this_machine(
-    script: Any, tmp_path: Path
-) -> None:
-    name = "shapes_rfpn_crbp10"
-    config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
-    config["model"]["init_args"]["weights"] = str(tmp_path / "runs" / "start.safetensors")
-    described = config["model"]["init_args"]["net"]
-    net = build(RFPN, described, "a network")
-    file = tmp_path / name / "version_0" / "weights" / "last.safetensors"
-    file.parent.mkdir(parents=True)
-    save_net(net.state_dict(), file, Origin(net=described, run=config))
-    script.keep(file.parents[1], tmp_path)
-    kept = tmp_path / f"{name}.safetensors"
-    assert kept.stat().st_size < 0.55 * file.stat().st_size
-    assert str(tmp_path).encode() not in kept.read_bytes()
-    for name, value in load_net(kept).state_dict().items():
-        torch.testing.assert_close(value, net.state_dict()[name], rtol=1e-3, atol=1e-6)
-
-
-def test_the_start_that_is_kept_is_that_of_the_rows(script: Any) -> None:
-    net = load_net(FOLDER / "weights" / f"{script.START}.safetensors")
-    described = yaml.safe_load((CONFIGS / f"{script.START}.yaml").read_text())["model"]["init_args"]["net"]
-    wanted = build(PanopticFPN, described, "a network").state_dict()
-    assert {name: value.shape for name, value in net.state_dict().items()} == {k: v.shape for k, v in wanted.items()}
 
 
 @pytest.mark.parametrize(("says", "overlap"), [("the truth", 1.0), ("nothing", 0.0), ("everything", None)])

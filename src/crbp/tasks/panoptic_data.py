@@ -162,7 +162,7 @@ class GeneratedShapes(PanopticSource):
         train: images of training.
         val: images of validation and test.
         objects: least and most things of an image.
-        plain: things have one colour each and no texture: a small network learns them within minutes.
+        plain: things have one colour each and no texture.
         seed: another seed gives other images.
     """
 

@@ -63,7 +63,7 @@ def shapes_parser() -> Parser:
     parser.add_argument(
         "--objects", type=_pair, default=(6, 14), metavar="LEAST,MOST", help="things of an image (default: 6,14)"
     )
-    parser.add_argument("--plain", action="store_true", help="things of one colour each, for small models")
+    parser.add_argument("--plain", action="store_true", help="things of one colour each")
     parser.add_argument("--seed", type=int, default=0, help="another seed gives other images (default: 0)")
     parser.add_argument("--jobs", dest="workers", type=int, help="processes (default: the cores at hand)")
     return parser

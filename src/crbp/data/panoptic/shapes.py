@@ -38,8 +38,8 @@ class Shapes(PanopticDataset):
     class nor border. Things overlap neighbours that look the same; long ones pass under others that cut them in two;
     thin lines that are no thing lie over all. At least 40 % of every thing is visible. One image in ten has a crowd.
 
-    With ``plain`` things have one colour each, which makes their shapes easy to see, for models that are to learn in
-    minutes; they still overlap others of the same colour.
+    With ``plain`` things have one colour each, which makes their shapes easier to see; they still overlap others of the
+    same colour.
 
     Image i is a function of ``(size, objects, plain, seed, split, i)`` alone, and what `write_shapes` writes.
 
