@@ -26,11 +26,11 @@ METHODS = {
 }  # fmt: skip
 TERMS = 15  # of the Neumann series
 SMALL_BOXES = {"channels": 256, "samples": 64, "detections": 50}
-NARROW_BOXES = {"channels": 128, "samples": 32, "detections": 50}
+NARROW_BOXES = {"channels": 128, "samples": 32, "positive_share": 0.5, "detections": 50}
 COMPARED = ("fpn", "bptt1", "bptt3", "crbp10", "crbp20")  # on generated shapes
 MASK_HEAD = "roi_heads.mask_head."
 START = "start_shapes"  # the row whose weights those on shapes start from
-START_STEPS, ROW_STEPS = 3_000, 600  # of four images
+START_STEPS, ROW_STEPS = 6_000, 600  # of four images
 STOP = 0.01  # relative size of a term at which the series of these rows ends
 
 
@@ -103,14 +103,14 @@ def small(method: str, side: int, steps: int, *, narrow: bool = False) -> dict[s
         "tasks.PanopticTask",
         net=net,
         optimizer="adamw",
-        learning_rate=0.002 if narrow else 0.001,
+        learning_rate=0.001,
         reference_batch=4,
         warmup_steps=100,
-        milestones=[0.7, 0.9],
+        milestones=[0.6, 0.9] if narrow else [0.7, 0.9],
     )
     images = {"size": side, "train": 4 * steps, "val": 200}
     if narrow:
-        images |= {"objects": [3, 8], "plain": True}
+        images |= {"objects": [3, 7], "plain": True, "zoom": 1.6}
     source = thing("tasks.GeneratedShapes", **images)
     data = {"batch_size": 4, "shortest": [side], "shortest_test": side, "longest": 2 * side}
     return {

@@ -37,7 +37,7 @@ def test_an_image_is_a_function_of_seed_split_and_place():
     first, again = layout.draw(128, **base), layout.draw(128, **base)
     np.testing.assert_array_equal(first.image, again.image)
     np.testing.assert_array_equal(first.places, again.places)
-    for change in ({"seed": 1}, {"split": "val"}, {"index": 4}, {"plain": True}):
+    for change in ({"seed": 1}, {"split": "val"}, {"index": 4}, {"plain": True}, {"zoom": 1.5}):
         assert (layout.draw(128, **{**base, **change}).image != first.image).any()
 
 
@@ -64,6 +64,15 @@ def test_plain_things_have_one_colour_each(monkeypatch):
         drawn[plain] = {int(given[7][0]) for given in kinds if given[6] != 0}  # textures of what has a place
     assert drawn[True] == {layout._paint.PLAIN}
     assert len(drawn[False]) > 3
+
+
+def test_zoom_makes_all_as_many_times_as_large():
+    areas = {}
+    for zoom in (1.0, 2.0):
+        drawn = [layout.draw(128, (1, 1), zoom=zoom, seed=5, split="train", index=index) for index in range(60)]
+        counted = [(np.bincount(each.places.ravel()), each) for each in drawn if not any(each.crowd)]
+        areas[zoom] = np.mean([count[-1] for count, each in counted if each.names[-1] in layout.THINGS])
+    assert 3.0 < areas[2.0] / areas[1.0] < 4.5  # 4, less what lies beyond the border
 
 
 @pytest.mark.parametrize("size", [128, 200])
@@ -123,7 +132,7 @@ def _pieces(mask):
 
 
 def test_what_is_too_small_to_be_told_leaves_the_labels():
-    picture = layout._Picture(128, Stream(0))
+    picture = layout._Picture(128, Stream(0), layout.WINDOW, plain=False)
     picture.places[:] = 1
     picture.places[0, :20] = 2
     picture.places[4:10, 4:10] = 3
@@ -194,10 +203,11 @@ def test_files_hold_the_pixels_made_on_the_fly(tmp_path):
         assert report.findings == ()
 
 
-def test_plain_shapes_are_written_as_they_are_made(tmp_path):
-    _write(tmp_path, plain=True)
+@pytest.mark.parametrize("kind", [{"plain": True}, {"zoom": 1.5}])
+def test_other_kinds_of_shapes_are_written_as_they_are_made(tmp_path, kind):
+    _write(tmp_path, **kind)
     read = CocoPanoptic(tmp_path / "train", tmp_path / "panoptic_train.json")
-    made = Shapes(128, images=6, plain=True)
+    made = Shapes(128, images=6, **kind)
     assert all(np.array_equal(read.scene(k).image, made.scene(k).image) for k in range(6))
 
 
@@ -223,6 +233,7 @@ def test_a_writing_broken_off_goes_on(tmp_path):
         ({"images": (7, 3)}, "of other images"),
         ({"objects": (1, 2)}, "of other shapes"),
         ({"plain": True}, "of other shapes"),
+        ({"zoom": 2}, "of other shapes"),
     ],
 )
 def test_two_sets_cannot_share_a_folder(tmp_path, change, words):
@@ -240,6 +251,8 @@ def test_two_sets_cannot_share_a_folder(tmp_path, change, words):
         ({"size": 100}, "size must be a whole number of 128 to 512"),
         ({"objects": (5, 4)}, "objects must be"),
         ({"objects": (1, 65)}, "objects must be"),
+        ({"zoom": 0.5}, "zoom must be a number of 1 to 2, not 0.5"),
+        ({"zoom": float("nan")}, "zoom must be"),
         ({"seed": -1}, "seed must be"),
         ({"images": 0}, "images must be"),
         ({"split": "test"}, "split must be one of 'train', 'val'"),
@@ -274,6 +287,7 @@ def test_the_command(tmp_path, capsys):
         (["--size", "64"], "size must be a whole number of 128 to 512 pixels, not 64"),
         (["--seed", "1"], "the folder holds a data set of other seed"),
         (["--plain"], "the folder holds a data set of other shapes"),
+        (["--zoom", "3"], "zoom must be a number of 1 to 2, not 3.0"),
         (["--color", "1"], "unrecognized arguments"),
     ):
         assert main([*arguments, *wrong]) == 2

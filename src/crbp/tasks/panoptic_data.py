@@ -163,6 +163,7 @@ class GeneratedShapes(PanopticSource):
         val: images of validation and test.
         objects: least and most things of an image.
         plain: things have one colour each and no texture.
+        zoom: how many times as large everything is, 1 to 2.
         seed: another seed gives other images.
     """
 
@@ -171,6 +172,7 @@ class GeneratedShapes(PanopticSource):
     val: int = 500
     objects: tuple[int, int] = (6, 14)
     plain: bool = False
+    zoom: float = 1.0
     seed: int = 0
 
     @property
@@ -192,6 +194,7 @@ class GeneratedShapes(PanopticSource):
             images=images,
             objects=self.objects,
             plain=self.plain,
+            zoom=self.zoom,
             seed=self.seed,
             transform=transform,
         )

@@ -41,12 +41,21 @@ class _Thing(NamedTuple):
     crowd: bool
 
 
-def draw(size: int, objects: tuple[int, int], *, plain: bool = False, seed: int, split: str, index: int) -> Drawn:
+def draw(
+    size: int,
+    objects: tuple[int, int],
+    *,
+    plain: bool = False,
+    zoom: float = 1.0,
+    seed: int,
+    split: str,
+    index: int,
+) -> Drawn:
     """The picture `index` of a split: a function of the arguments alone, the same on every machine."""
-    kind = "plain shapes" if plain else "shapes"
+    kind = ("plain " if plain else "") + (f"{zoom!r} times " if zoom != 1.0 else "") + "shapes"
     words = f"{kind} {STREAM_VERSION} {size} {objects[0]} {objects[1]} {seed} {split} {index}"
     stream = Stream(int.from_bytes(hashlib.blake2b(words.encode(), digest_size=16).digest(), "little"))
-    picture = _Picture(size, stream, plain=plain)
+    picture = _Picture(size, stream, WINDOW / zoom, plain=plain)
     if stream.chance(0.1):
         picture.add_crowd()
     for _ in range(stream.whole(*objects)):
@@ -59,15 +68,15 @@ def draw(size: int, objects: tuple[int, int], *, plain: bool = False, seed: int,
 
 
 class _Picture:
-    """A picture while it is made. Places count from 1: first the regions of stuff, then the things."""
+    """A picture `window` units wide while it is made. Places count from 1: regions of stuff, then things."""
 
-    def __init__(self, size: int, stream: Stream, *, plain: bool = False) -> None:
-        self.stream, self.pixel, self.plain = stream, WINDOW / size, plain
+    def __init__(self, size: int, stream: Stream, window: float, *, plain: bool) -> None:
+        self.stream, self.window, self.pixel, self.plain = stream, window, window / size, plain
         self.image = np.empty((size, size, 3), np.float32)
         self.places = np.empty((size, size), np.uint8)
         kinds = list(range(len(STUFF)))
         self.stuff = [kinds.pop(stream.whole(0, len(kinds) - 1)) for _ in range(stream.whole(2, 4))]
-        sites = np.array([_point(stream, 0.0) for _ in self.stuff])
+        sites = np.array([self._point(0.0) for _ in self.stuff])
         textures = np.array([_texture(stream, kind, period=(8.0, 16.0)) for kind in self.stuff])
         wobble, salt = stream.uniform(10.0, 60.0), stream.whole(0, 1 << 20)
         _paint.ground(self.image, self.places, self.pixel, sites, textures, wobble, salt)
@@ -87,7 +96,7 @@ class _Picture:
             return self._across(long[stream.whole(0, len(long) - 1)])
         if way < 0.5 and self.things:
             return self._beside(self.things[stream.whole(0, len(self.things) - 1)], name)
-        return _Thing(name, FORMS[name](stream, 1.0), _point(stream, 8.0), self._new_texture(), False)
+        return _Thing(name, FORMS[name](stream, 1.0), self._point(8.0), self._new_texture(), False)
 
     def add(self, thing: _Thing) -> bool:
         """Paint a thing unless too little of it, or of one behind it, could be seen."""
@@ -112,7 +121,7 @@ class _Picture:
     def add_crowd(self) -> None:
         """A heap of small things of one class, each with its own looks, that make one segment."""
         stream = self.stream
-        name, middle = COMPACT[stream.whole(0, len(COMPACT) - 1)], _point(stream, 40.0)
+        name, middle = COMPACT[stream.whole(0, len(COMPACT) - 1)], self._point(40.0)
         place = len(self.stuff) + 1
         for _ in range(stream.whole(9, 16)):
             form, at = FORMS[name](stream, 0.32), _moved(middle, 34.0 * stream.uniform(), stream.direction())
@@ -123,7 +132,7 @@ class _Picture:
 
     def add_stroke(self) -> None:
         """A thin line over what is there, which leaves the labels as they are."""
-        field, left, top = self._field_of(stroke(self.stream), _point(self.stream, 0.0))
+        field, left, top = self._field_of(stroke(self.stream), self._point(0.0))
         texture = _texture(self.stream, _paint.PLAIN, period=(8.0, 9.0))
         self._paint(field, left, top, 0, texture, np.array([0.0, 1.0, 0.0, 1.0, 0.0]))
 
@@ -158,6 +167,10 @@ class _Picture:
             texture[_paint.PHASE_U], texture[_paint.PHASE_V] = stream.uniform(), stream.uniform()
             texture[_paint.SALT] = stream.whole(0, 1 << 20)
         return _Thing(name, form, _moved(other.at, reach, stream.direction()), texture, False)
+
+    def _point(self, margin: float) -> Points:
+        far = self.window - margin
+        return np.array([self.stream.uniform(margin, far), self.stream.uniform(margin, far)])
 
     def _count(self) -> NDArray[np.int64]:
         return np.bincount(self.places.ravel(), minlength=256)
@@ -204,10 +217,6 @@ def _near(thing: _Thing, at: Points) -> bool:
 
 def _moved(at: Points, by: float, heading: Vector) -> Points:
     return np.array([at[0] + by * heading[0], at[1] + by * heading[1]])
-
-
-def _point(stream: Stream, margin: float) -> Points:
-    return np.array([stream.uniform(margin, WINDOW - margin), stream.uniform(margin, WINDOW - margin)])
 
 
 def _texture(stream: Stream, kind: int, *, period: tuple[float, float]) -> Texture:

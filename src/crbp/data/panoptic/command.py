@@ -64,6 +64,9 @@ def shapes_parser() -> Parser:
         "--objects", type=_pair, default=(6, 14), metavar="LEAST,MOST", help="things of an image (default: 6,14)"
     )
     parser.add_argument("--plain", action="store_true", help="things of one colour each")
+    parser.add_argument(
+        "--zoom", type=float, default=1.0, help="everything as many times as large, 1 to 2 (default: 1)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="another seed gives other images (default: 0)")
     parser.add_argument("--jobs", dest="workers", type=int, help="processes (default: the cores at hand)")
     return parser

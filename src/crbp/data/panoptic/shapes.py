@@ -20,6 +20,7 @@ from crbp.data.panoptic import _layout  # noqa: E402
 
 Split = Literal["train", "val"]
 SIZES = (128, 512)
+ZOOMS = (1.0, 2.0)
 MOST = 64  # objects of an image; more find no place
 
 CATEGORIES = Categories(
@@ -39,9 +40,9 @@ class Shapes(PanopticDataset):
     thin lines that are no thing lie over all. At least 40 % of every thing is visible. One image in ten has a crowd.
 
     With ``plain`` things have one colour each, which makes their shapes easier to see; they still overlap others of the
-    same colour.
+    same colour. With ``zoom`` a picture shows less of the same world, in which all is as many times as large.
 
-    Image i is a function of ``(size, objects, plain, seed, split, i)`` alone, and what `write_shapes` writes.
+    Image i is a function of ``(size, objects, plain, zoom, seed, split, i)`` alone, and what `write_shapes` writes.
 
     Args:
         size: height and width in pixels, 128 to 512; the picture is the same in kind, with more pixels.
@@ -49,6 +50,7 @@ class Shapes(PanopticDataset):
         images: number of images.
         objects: least and most things of an image; one that finds no place where enough of all can be seen is left out.
         plain: things have one colour each and no texture.
+        zoom: how many times as large everything is, 1 to 2.
         seed: another seed gives other images.
         transform: chooses size and flip of each image; None keeps every image as it is.
 
@@ -64,14 +66,16 @@ class Shapes(PanopticDataset):
         images: int = 10_000,
         objects: tuple[int, int] = (6, 14),
         plain: bool = False,
+        zoom: float = 1.0,
         seed: int = 0,
         transform: Transform | None = None,
     ) -> None:
-        check_task(size, objects, seed)
+        check_task(size, objects, zoom, seed)
         choice("split", split, get_args(Split))
         count("images", images)
         super().__init__(CATEGORIES, transform)
-        self.size, self.split, self.objects, self.plain, self.seed = size, split, (objects[0], objects[1]), plain, seed
+        self.size, self.split, self.objects, self.seed = size, split, (objects[0], objects[1]), seed
+        self.plain, self.zoom = plain, float(zoom)
         self._images = images
 
     def __len__(self) -> int:
@@ -85,7 +89,15 @@ class Shapes(PanopticDataset):
     def scene(self, index: int) -> Scene:
         """The image at a place with its segments; its number is the place + 1."""
         index = self.resolve(index)
-        drawn = _layout.draw(self.size, self.objects, plain=self.plain, seed=self.seed, split=self.split, index=index)
+        drawn = _layout.draw(
+            self.size,
+            self.objects,
+            plain=self.plain,
+            zoom=self.zoom,
+            seed=self.seed,
+            split=self.split,
+            index=index,
+        )
         numbers = np.array([_NUMBERS[name] for name in drawn.names], np.int32)
         crowd = np.array(drawn.crowd, np.bool_)
         return Scene(index + 1, Image.fromarray(drawn.image), drawn.places, segment_ids(numbers), numbers, crowd)
@@ -94,12 +106,14 @@ class Shapes(PanopticDataset):
         return f"Shapes({self.size} px, split={self.split!r}, images={len(self)}, seed={self.seed})"
 
 
-def check_task(size: int, objects: tuple[int, int], seed: int) -> None:
-    """Raise ValueError unless images of this size, number of objects and seed can be made."""
+def check_task(size: int, objects: tuple[int, int], zoom: float, seed: int) -> None:
+    """Raise ValueError unless images of this size, number of objects, zoom and seed can be made."""
     if isinstance(size, bool) or not isinstance(size, int) or not SIZES[0] <= size <= SIZES[1]:
         raise ValueError(f"size must be a whole number of {SIZES[0]} to {SIZES[1]} pixels, not {size!r}")
     if len(objects) != 2 or not 1 <= objects[0] <= objects[1] <= MOST:
         raise ValueError(f"objects must be the least and the most things of an image, 1 to {MOST}, not {objects!r}")
+    if isinstance(zoom, bool) or not isinstance(zoom, int | float) or not ZOOMS[0] <= zoom <= ZOOMS[1]:
+        raise ValueError(f"zoom must be a number of {ZOOMS[0]:g} to {ZOOMS[1]:g}, not {zoom!r}")
     count("seed", seed, at_least=0)
 
 

@@ -38,6 +38,7 @@ class _Job(NamedTuple):
     size: int
     objects: tuple[int, int]
     plain: bool
+    zoom: float
     seed: int
     split: Split
     batch: int
@@ -52,6 +53,7 @@ def write_shapes(
     size: int = 192,
     objects: tuple[int, int] = (6, 14),
     plain: bool = False,
+    zoom: float = 1.0,
     seed: int = 0,
     batch_size: int = 100,
     workers: int | None = None,
@@ -72,6 +74,7 @@ def write_shapes(
         size: height and width in pixels, 128 to 512.
         objects: least and most things of an image; see `Shapes`.
         plain: things have one colour each and no texture.
+        zoom: how many times as large everything is, 1 to 2.
         seed: of the set.
         batch_size: images a checksum file.
         workers: processes; the cores at hand by default; 1 works in this process.
@@ -81,7 +84,7 @@ def write_shapes(
         ValueError: an argument is out of range.
         DataError: `out` holds another data set.
     """
-    check_task(size, objects, seed)
+    check_task(size, objects, zoom, seed)
     for name, value in (("images", images[0]), ("images", images[-1]), ("batch_size", batch_size)):
         count(name, value)
     if workers is not None:
@@ -93,6 +96,7 @@ def write_shapes(
             "objects": list(objects),
             "stream_version": STREAM_VERSION,
             **({"plain": True} if plain else {}),
+            **({"zoom": float(zoom)} if zoom != 1 else {}),
         },
         "seed": seed,
         "images": list(images),
@@ -100,7 +104,7 @@ def write_shapes(
     }
     _claim(manifest, task)
     jobs = [
-        _Job(root, size, (objects[0], objects[1]), plain, seed, split, k, start, min(batch_size, total - start))
+        _Job(root, size, (objects[0], objects[1]), plain, zoom, seed, split, k, start, min(batch_size, total - start))
         for split, total in zip(get_args(Split), images, strict=True)
         for k, start in enumerate(range(0, total, batch_size))
     ]
@@ -133,6 +137,7 @@ def _write_batch(job: _Job) -> int:
         images=job.start + job.images,
         objects=job.objects,
         plain=job.plain,
+        zoom=job.zoom,
         seed=job.seed,
     )
     sums: dict[str, str] = {}
