@@ -30,7 +30,7 @@ NARROW_BOXES = {"channels": 128, "samples": 32, "positive_share": 0.5, "detectio
 COMPARED = ("fpn", "bptt1", "bptt3", "crbp10", "crbp20")  # on generated shapes
 MASK_HEAD = "roi_heads.mask_head."
 START = "start_shapes"  # the row whose weights those on shapes start from
-START_STEPS, ROW_STEPS = 6_000, 600  # of four images
+START_STEPS, ROW_STEPS = 3_000, 600  # of four images
 STOP = 0.01  # relative size of a term at which the series of these rows ends
 
 
@@ -110,7 +110,7 @@ def small(method: str, side: int, steps: int, *, narrow: bool = False) -> dict[s
     )
     images = {"size": side, "train": 4 * steps, "val": 200}
     if narrow:
-        images |= {"objects": [3, 7], "plain": True, "zoom": 1.6}
+        images |= {"objects": [3, 7], "looks": "coloured", "zoom": 1.6}
     source = thing("tasks.GeneratedShapes", **images)
     data = {"batch_size": 4, "shortest": [side], "shortest_test": side, "longest": 2 * side}
     return {

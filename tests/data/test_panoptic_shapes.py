@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import colorsys
 import json
 import subprocess
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -37,7 +39,14 @@ def test_an_image_is_a_function_of_seed_split_and_place():
     first, again = layout.draw(128, **base), layout.draw(128, **base)
     np.testing.assert_array_equal(first.image, again.image)
     np.testing.assert_array_equal(first.places, again.places)
-    for change in ({"seed": 1}, {"split": "val"}, {"index": 4}, {"plain": True}, {"zoom": 1.5}):
+    for change in (
+        {"seed": 1},
+        {"split": "val"},
+        {"index": 4},
+        {"looks": "plain"},
+        {"looks": "coloured"},
+        {"zoom": 1.5},
+    ):
         assert (layout.draw(128, **{**base, **change}).image != first.image).any()
 
 
@@ -52,18 +61,31 @@ def test_a_picture_of_a_seed_stays_what_it_is():
 
 def test_plain_things_have_one_colour_each(monkeypatch):
     drawn = {}
-    for plain in (False, True):
+    for looks in get_args(layout.Looks):
         kinds = []
         paint = layout._paint.paint
         monkeypatch.setattr(
             layout._paint, "paint", lambda *given, kinds=kinds, paint=paint: (kinds.append(given), paint(*given))
         )
         for index in range(4):
-            layout.draw(128, (6, 14), plain=plain, seed=5, split="train", index=index)
+            layout.draw(128, (6, 14), looks=looks, seed=5, split="train", index=index)
         monkeypatch.undo()
-        drawn[plain] = {int(given[7][0]) for given in kinds if given[6] != 0}  # textures of what has a place
-    assert drawn[True] == {layout._paint.PLAIN}
-    assert len(drawn[False]) > 3
+        drawn[looks] = {int(given[7][0]) for given in kinds if given[6] != 0}  # textures of what has a place
+    assert drawn["plain"] == drawn["coloured"] == {layout._paint.PLAIN}
+    assert len(drawn["textured"]) > 3
+
+
+def test_a_class_of_coloured_things_is_told_by_its_colour():
+    hues = {name: [] for name in layout.THINGS}
+    for index in range(30):
+        drawn = layout.draw(128, (3, 7), looks="coloured", seed=5, split="train", index=index)
+        for place, name in enumerate(drawn.names, start=1):
+            if name in hues:
+                red, green, blue = np.median(drawn.image[drawn.places == place], axis=0) / 255
+                hues[name].append(colorsys.rgb_to_hsv(red, green, blue)[0])
+    for k, name in enumerate(layout.THINGS):
+        away = np.abs((np.array(hues[name]) - k / 10 + 0.5) % 1.0 - 0.5)
+        assert np.mean(away < 0.05) > 0.9, name  # strokes and what shines through an edge change few
 
 
 def test_zoom_makes_all_as_many_times_as_large():
@@ -132,7 +154,7 @@ def _pieces(mask):
 
 
 def test_what_is_too_small_to_be_told_leaves_the_labels():
-    picture = layout._Picture(128, Stream(0), layout.WINDOW, plain=False)
+    picture = layout._Picture(128, Stream(0), layout.WINDOW, "textured")
     picture.places[:] = 1
     picture.places[0, :20] = 2
     picture.places[4:10, 4:10] = 3
@@ -203,7 +225,7 @@ def test_files_hold_the_pixels_made_on_the_fly(tmp_path):
         assert report.findings == ()
 
 
-@pytest.mark.parametrize("kind", [{"plain": True}, {"zoom": 1.5}])
+@pytest.mark.parametrize("kind", [{"looks": "plain"}, {"looks": "coloured"}, {"zoom": 1.5}])
 def test_other_kinds_of_shapes_are_written_as_they_are_made(tmp_path, kind):
     _write(tmp_path, **kind)
     read = CocoPanoptic(tmp_path / "train", tmp_path / "panoptic_train.json")
@@ -232,7 +254,7 @@ def test_a_writing_broken_off_goes_on(tmp_path):
         ({"seed": 1}, "of other seed"),
         ({"images": (7, 3)}, "of other images"),
         ({"objects": (1, 2)}, "of other shapes"),
-        ({"plain": True}, "of other shapes"),
+        ({"looks": "plain"}, "of other shapes"),
         ({"zoom": 2}, "of other shapes"),
     ],
 )
@@ -251,6 +273,7 @@ def test_two_sets_cannot_share_a_folder(tmp_path, change, words):
         ({"size": 100}, "size must be a whole number of 128 to 512"),
         ({"objects": (5, 4)}, "objects must be"),
         ({"objects": (1, 65)}, "objects must be"),
+        ({"looks": "colored"}, "looks must be one of 'textured', 'plain', 'coloured', not 'colored'"),
         ({"zoom": 0.5}, "zoom must be a number of 1 to 2, not 0.5"),
         ({"zoom": float("nan")}, "zoom must be"),
         ({"seed": -1}, "seed must be"),
@@ -286,7 +309,7 @@ def test_the_command(tmp_path, capsys):
         (["--images", "5"], "'5' is not two whole numbers"),
         (["--size", "64"], "size must be a whole number of 128 to 512 pixels, not 64"),
         (["--seed", "1"], "the folder holds a data set of other seed"),
-        (["--plain"], "the folder holds a data set of other shapes"),
+        (["--looks", "plain"], "the folder holds a data set of other shapes"),
         (["--zoom", "3"], "zoom must be a number of 1 to 2, not 3.0"),
         (["--color", "1"], "unrecognized arguments"),
     ):

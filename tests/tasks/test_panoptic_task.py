@@ -221,6 +221,27 @@ def test_nothing_is_left_out_where_there_are_no_weights() -> None:
         PanopticTask(tiny_net("fpn"), without=("rpn.",))
 
 
+def test_what_is_not_trained_stays_as_it_is(tmp_path: Path) -> None:
+    net = tiny_net(norm="batch")
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    task = PanopticTask(net, trained=("roi_heads.mask_head.",), average_precision=False, warmup_steps=0)
+    # Validation in between puts every module into evaluation mode and back.
+    trainer(tmp_path, max_steps=2, val_check_interval=1, limit_val_batches=1).fit(task, tiny_data())
+    moved = {name for name, value in net.state_dict().items() if not torch.equal(value, before[name])}
+    mask_head = {name for name in before if name.startswith("roi_heads.mask_head.")}
+    assert any(name.endswith("running_mean") for name in before.keys() - mask_head)
+    assert moved == mask_head
+
+
+@pytest.mark.parametrize(
+    ("trained", "message"),
+    [(("mask_head.",), r"'mask_head\.'; the parts are backbone\., roi_heads\."), ("rpn.", "not the text 'rpn.'")],
+)
+def test_names_of_what_is_trained_must_fit(trained: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PanopticTask(tiny_net("fpn"), trained=trained)
+
+
 def test_training_images_must_make_a_batch() -> None:
     with pytest.raises(DataError, match="10 training images make no batch of 11"):
         tiny_data(batch_size=11).train_dataloader()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -20,7 +20,7 @@ from crbp.tasks.panoptic import instances
 SHAPES = GeneratedShapes(size=128, train=10, val=3)
 
 
-def tiny_net(kind: str = "rfpn", **changes: Any) -> PanopticFPN:
+def tiny_net(kind: str = "rfpn", *, norm: Literal["group", "batch"] = "group", **changes: Any) -> PanopticFPN:
     torch.manual_seed(0)
     settings = mini_settings(128) | {
         "things": 10,
@@ -37,7 +37,7 @@ def tiny_net(kind: str = "rfpn", **changes: Any) -> PanopticFPN:
         "masks": MaskSettings(channels=32, size=6),
         "semantic": SemanticSettings(channels=32),
     }
-    settings["backbone"] = replace(settings["backbone"], channels=32)
+    settings["backbone"] = replace(settings["backbone"], norm=norm, channels=32)
     if kind == "fpn":
         return PanopticFPN(**settings, **changes)
     evolve = crbp.Evolve(steps=3, gradient=crbp.RBP(crbp.Neumann(terms=2), on_divergence="fallback"))

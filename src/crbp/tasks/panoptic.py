@@ -31,7 +31,8 @@ Stage = Literal["val", "test"]
 
 _QUALITIES = tuple(f"{name}{kind}" for kind in ("", "_things", "_stuff") for name in ("pq", "sq", "rq"))
 _CLASSIFIED = ("rpn_class", "box_class", "mask", "semantic")  # losses that are cross-entropies
-_NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
+_BATCH_NORM = nn.modules.batchnorm._BatchNorm
+_NORMS = (_BATCH_NORM, nn.GroupNorm, nn.LayerNorm)
 
 
 class PanopticTask(ResumableModule):
@@ -64,6 +65,8 @@ class PanopticTask(ResumableModule):
             that `crbp fit` wrote; None to train from scratch.
         without: beginnings of names of what is not taken from those weights but trained from scratch all the same, such
             as ``["roi_heads.mask_head."]`` where an R-FPN starts from a Panoptic FPN.
+        trained: beginnings of names of what is trained, such as ``["roi_heads.mask_head."]``; all else keeps its
+            weights, and the statistics of its norms. Empty for the whole network.
         results: write what a test finds as COCO's server takes it: this JSON, and PNGs in the folder of the same name.
             None for nothing. With several processes each writes its own, its rank in the name.
 
@@ -90,6 +93,7 @@ class PanopticTask(ResumableModule):
         steps: int | None = None,
         weights: str | None = None,
         without: tuple[str, ...] = (),
+        trained: tuple[str, ...] = (),
         results: str | None = None,
     ) -> None:
         super().__init__()
@@ -110,8 +114,18 @@ class PanopticTask(ResumableModule):
                 raise ValueError(f"steps={steps} needs a recurrent mask head; {type(net).__name__} has none")
         if without and weights is None:
             raise ValueError(f"without={list(without)} leaves out of weights, and there are none to start from")
+        if isinstance(trained, str):
+            raise ValueError(f"trained must be a list of beginnings of names, not the text {trained!r}")
+        for start in trained:
+            if not any(name.startswith(start) for name, _ in net.named_parameters()):
+                parts = ", ".join(sorted({f"{name.split('.', 1)[0]}." for name, _ in net.named_parameters()}))
+                raise ValueError(f"trained: no parameter's name begins with {start!r}; the parts are {parts}")
         self.save_hyperparameters(ignore=["net"])
         self.net = net
+        self.trained = tuple(trained)
+        for name, parameter in net.named_parameters():
+            if self.trained and not name.startswith(self.trained):
+                parameter.requires_grad_(False)
         self.optimizer, self.learning_rate, self.reference_batch = optimizer, learning_rate, reference_batch
         self.momentum, self.weight_decay = momentum, weight_decay
         self.warmup_steps, self.milestones = warmup_steps, tuple(milestones)
@@ -147,6 +161,13 @@ class PanopticTask(ResumableModule):
         if self.weights is not None and not self._has_weights:
             load_weights(self.net, _source(self.weights), without=self.without)
         self._has_weights = True
+
+    def on_train_start(self) -> None:
+        """Let norms that are not trained keep their statistics."""
+        super().on_train_start()
+        for name, module in self.net.named_modules():
+            if self.trained and isinstance(module, _BATCH_NORM) and not name.startswith(self.trained):
+                module.eval()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the categories as well."""

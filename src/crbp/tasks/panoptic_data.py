@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from crbp._checks import count
 from crbp.data.panoptic import Augment, Categories, CocoPanoptic, DataError, PanopticDataset, Resize, Target, collate
 from crbp.data.panoptic import Key as ImageKey
+from crbp.data.panoptic._looks import Looks
 from crbp.data.panoptic.dataset import example, scene_truth
 from crbp.data.panoptic.formats import read_image
 from crbp.data.panoptic.transforms import SHORTEST, Transform, view_image
@@ -162,7 +163,7 @@ class GeneratedShapes(PanopticSource):
         train: images of training.
         val: images of validation and test.
         objects: least and most things of an image.
-        plain: things have one colour each and no texture.
+        looks: of things: ``"textured"``, ``"plain"`` or ``"coloured"``.
         zoom: how many times as large everything is, 1 to 2.
         seed: another seed gives other images.
     """
@@ -171,7 +172,7 @@ class GeneratedShapes(PanopticSource):
     train: int = 8_000
     val: int = 500
     objects: tuple[int, int] = (6, 14)
-    plain: bool = False
+    looks: Looks = "textured"
     zoom: float = 1.0
     seed: int = 0
 
@@ -193,7 +194,7 @@ class GeneratedShapes(PanopticSource):
             split=split,
             images=images,
             objects=self.objects,
-            plain=self.plain,
+            looks=self.looks,
             zoom=self.zoom,
             seed=self.seed,
             transform=transform,

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from crbp.data.panoptic import _paint
 from crbp.data.panoptic._forms import COMPACT, FORMS, MARGIN, Form, Points, Stream, Vector, stroke
+from crbp.data.panoptic._looks import Looks
 from crbp.data.panoptic._paint import WINDOW
 
 THINGS = tuple(FORMS)
@@ -45,17 +46,17 @@ def draw(
     size: int,
     objects: tuple[int, int],
     *,
-    plain: bool = False,
+    looks: Looks = "textured",
     zoom: float = 1.0,
     seed: int,
     split: str,
     index: int,
 ) -> Drawn:
     """The picture `index` of a split: a function of the arguments alone, the same on every machine."""
-    kind = ("plain " if plain else "") + (f"{zoom!r} times " if zoom != 1.0 else "") + "shapes"
+    kind = (f"{looks} " if looks != "textured" else "") + (f"{zoom!r} times " if zoom != 1.0 else "") + "shapes"
     words = f"{kind} {STREAM_VERSION} {size} {objects[0]} {objects[1]} {seed} {split} {index}"
     stream = Stream(int.from_bytes(hashlib.blake2b(words.encode(), digest_size=16).digest(), "little"))
-    picture = _Picture(size, stream, WINDOW / zoom, plain=plain)
+    picture = _Picture(size, stream, WINDOW / zoom, looks)
     if stream.chance(0.1):
         picture.add_crowd()
     for _ in range(stream.whole(*objects)):
@@ -70,8 +71,8 @@ def draw(
 class _Picture:
     """A picture `window` units wide while it is made. Places count from 1: regions of stuff, then things."""
 
-    def __init__(self, size: int, stream: Stream, window: float, *, plain: bool) -> None:
-        self.stream, self.window, self.pixel, self.plain = stream, window, window / size, plain
+    def __init__(self, size: int, stream: Stream, window: float, looks: Looks) -> None:
+        self.stream, self.window, self.pixel, self.looks = stream, window, window / size, looks
         self.image = np.empty((size, size, 3), np.float32)
         self.places = np.empty((size, size), np.uint8)
         kinds = list(range(len(STUFF)))
@@ -96,7 +97,7 @@ class _Picture:
             return self._across(long[stream.whole(0, len(long) - 1)])
         if way < 0.5 and self.things:
             return self._beside(self.things[stream.whole(0, len(self.things) - 1)], name)
-        return _Thing(name, FORMS[name](stream, 1.0), self._point(8.0), self._new_texture(), False)
+        return _Thing(name, FORMS[name](stream, 1.0), self._point(8.0), self._new_texture(name), False)
 
     def add(self, thing: _Thing) -> bool:
         """Paint a thing unless too little of it, or of one behind it, could be seen."""
@@ -125,8 +126,9 @@ class _Picture:
         place = len(self.stuff) + 1
         for _ in range(stream.whole(9, 16)):
             form, at = FORMS[name](stream, 0.32), _moved(middle, 34.0 * stream.uniform(), stream.direction())
-            self._paint(*self._field_of(form, at), place, self._new_texture(), self._edge())
-        self.things.append(_Thing(name, form, middle, self.ground[0], True))
+            self._paint(*self._field_of(form, at), place, self._new_texture(name), self._edge())
+        texture = self.ground[0] if self.looks == "textured" else self._new_texture(name)  # of things laid beside it
+        self.things.append(_Thing(name, form, middle, texture, True))
         self.visible = self._count()
         self.areas.append(int(self.visible[place]))
 
@@ -154,12 +156,13 @@ class _Picture:
         at = long.at + long.form.spine[stream.whole(0, len(long.form.spine) - 1)]
         at = _moved(at, 3.0 * stream.uniform(), stream.direction())
         scale = min(1.0, stream.uniform(0.25, 0.45) * long.form.extent / 18.0)
-        return _Thing(name, FORMS[name](stream, max(0.5, scale)), at, self._new_texture(), False)
+        return _Thing(name, FORMS[name](stream, max(0.5, scale)), at, self._new_texture(name), False)
 
     def _beside(self, other: _Thing, name: str) -> _Thing:
         """A thing that overlaps another one and looks the same, in place too or from its own place on."""
         stream = self.stream
-        name = other.name if stream.chance(0.4) else name
+        if stream.chance(0.4) or self.looks == "coloured":
+            name = other.name
         form = FORMS[name](stream, 1.0)
         reach = stream.uniform(0.35, 0.8) * (other.form.extent + form.extent)
         texture = other.texture.copy()
@@ -178,10 +181,15 @@ class _Picture:
     def _enough(self, visible: int, total: int) -> bool:
         return visible >= LEAST_VISIBLE * total and visible * self.pixel**2 >= LEAST_AREA
 
-    def _new_texture(self) -> Texture:
+    def _new_texture(self, name: str) -> Texture:
         stream = self.stream
-        if self.plain:
-            return _texture(stream, _paint.PLAIN, period=(5.0, 11.0))
+        if self.looks != "textured":
+            texture = _texture(stream, _paint.PLAIN, period=(5.0, 11.0))
+            if self.looks == "coloured":
+                hue = (THINGS.index(name) + stream.uniform(-0.2, 0.2)) / len(THINGS)
+                paleness, light = stream.uniform(0.0, 0.3), stream.uniform(200.0, 250.0)
+                texture[_paint.COLOUR :] = [*_tint(hue, paleness, light), *_tint(hue, paleness, 0.6 * light)]
+            return texture
         kind = _paint.PLAIN if stream.chance(0.35) else stream.whole(0, len(STUFF) - 1)
         texture = _texture(stream, kind, period=(5.0, 11.0))
         if stream.chance(0.15):  # the colours of the ground: only shape and edge remain to tell it
@@ -227,6 +235,12 @@ def _texture(stream: Stream, kind: int, *, period: tuple[float, float]) -> Textu
     while sum(abs(a - b) for a, b in zip(first, second, strict=True)) < 130.0:
         second = _colour(stream)
     return np.array([*looks, *first, *second])
+
+
+def _tint(hue: float, paleness: float, light: float) -> tuple[float, ...]:
+    """The colour of a hue in [0, 1), of which 0, ⅓ and ⅔ are red, green and blue; no channel is above `light`."""
+    full = (min(max(abs((6.0 * hue + shift) % 6.0 - 3.0) - 1.0, 0.0), 1.0) for shift in (0.0, 4.0, 2.0))
+    return tuple(light * (1.0 - (1.0 - paleness) * (1.0 - each)) for each in full)
 
 
 def _colour(stream: Stream) -> tuple[float, float, float]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from typing import get_args
 
 from rich.console import Console
 from rich.table import Table
 
 from crbp._command import Parser
+from crbp.data.panoptic._looks import Looks
 from crbp.data.panoptic.check import Report, check
 from crbp.errors import CrbpError
 
@@ -63,7 +65,12 @@ def shapes_parser() -> Parser:
     parser.add_argument(
         "--objects", type=_pair, default=(6, 14), metavar="LEAST,MOST", help="things of an image (default: 6,14)"
     )
-    parser.add_argument("--plain", action="store_true", help="things of one colour each")
+    parser.add_argument(
+        "--looks",
+        choices=get_args(Looks),
+        default="textured",
+        help="of things: with textures, of one colour each, or with a colour for each class (default: textured)",
+    )
     parser.add_argument(
         "--zoom", type=float, default=1.0, help="everything as many times as large, 1 to 2 (default: 1)"
     )

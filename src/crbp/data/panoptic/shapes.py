@@ -10,6 +10,7 @@ from PIL import Image
 
 from crbp._checks import choice, count
 from crbp.data._extras import require
+from crbp.data.panoptic._looks import Looks
 from crbp.data.panoptic.categories import Categories
 from crbp.data.panoptic.dataset import PanopticDataset, Scene
 from crbp.data.panoptic.transforms import Transform
@@ -39,17 +40,19 @@ class Shapes(PanopticDataset):
     class nor border. Things overlap neighbours that look the same; long ones pass under others that cut them in two;
     thin lines that are no thing lie over all. At least 40 % of every thing is visible. One image in ten has a crowd.
 
-    With ``plain`` things have one colour each, which makes their shapes easier to see; they still overlap others of the
-    same colour. With ``zoom`` a picture shows less of the same world, in which all is as many times as large.
+    Things that look ``"plain"`` have one colour each, which makes their shapes easier to see; they still overlap others
+    of the same colour. ``"coloured"`` ones have besides, as much in the world does, a colour by which their class is
+    told, and overlap others of their class. With ``zoom`` a picture shows less of the same world, in which all is as
+    many times as large.
 
-    Image i is a function of ``(size, objects, plain, zoom, seed, split, i)`` alone, and what `write_shapes` writes.
+    Image i is a function of ``(size, objects, looks, zoom, seed, split, i)`` alone, and what `write_shapes` writes.
 
     Args:
         size: height and width in pixels, 128 to 512; the picture is the same in kind, with more pixels.
         split: ``"train"`` or ``"val"``, which share no image.
         images: number of images.
         objects: least and most things of an image; one that finds no place where enough of all can be seen is left out.
-        plain: things have one colour each and no texture.
+        looks: of things, ``"textured"``, ``"plain"`` or ``"coloured"``.
         zoom: how many times as large everything is, 1 to 2.
         seed: another seed gives other images.
         transform: chooses size and flip of each image; None keeps every image as it is.
@@ -65,17 +68,17 @@ class Shapes(PanopticDataset):
         split: Split = "train",
         images: int = 10_000,
         objects: tuple[int, int] = (6, 14),
-        plain: bool = False,
+        looks: Looks = "textured",
         zoom: float = 1.0,
         seed: int = 0,
         transform: Transform | None = None,
     ) -> None:
-        check_task(size, objects, zoom, seed)
+        check_task(size, objects, looks, zoom, seed)
         choice("split", split, get_args(Split))
         count("images", images)
         super().__init__(CATEGORIES, transform)
         self.size, self.split, self.objects, self.seed = size, split, (objects[0], objects[1]), seed
-        self.plain, self.zoom = plain, float(zoom)
+        self.looks, self.zoom = looks, float(zoom)
         self._images = images
 
     def __len__(self) -> int:
@@ -92,7 +95,7 @@ class Shapes(PanopticDataset):
         drawn = _layout.draw(
             self.size,
             self.objects,
-            plain=self.plain,
+            looks=self.looks,
             zoom=self.zoom,
             seed=self.seed,
             split=self.split,
@@ -106,12 +109,13 @@ class Shapes(PanopticDataset):
         return f"Shapes({self.size} px, split={self.split!r}, images={len(self)}, seed={self.seed})"
 
 
-def check_task(size: int, objects: tuple[int, int], zoom: float, seed: int) -> None:
-    """Raise ValueError unless images of this size, number of objects, zoom and seed can be made."""
+def check_task(size: int, objects: tuple[int, int], looks: Looks, zoom: float, seed: int) -> None:
+    """Raise ValueError unless images of this size, number of objects, looks, zoom and seed can be made."""
     if isinstance(size, bool) or not isinstance(size, int) or not SIZES[0] <= size <= SIZES[1]:
         raise ValueError(f"size must be a whole number of {SIZES[0]} to {SIZES[1]} pixels, not {size!r}")
     if len(objects) != 2 or not 1 <= objects[0] <= objects[1] <= MOST:
         raise ValueError(f"objects must be the least and the most things of an image, 1 to {MOST}, not {objects!r}")
+    choice("looks", looks, get_args(Looks))
     if isinstance(zoom, bool) or not isinstance(zoom, int | float) or not ZOOMS[0] <= zoom <= ZOOMS[1]:
         raise ValueError(f"zoom must be a number of {ZOOMS[0]:g} to {ZOOMS[1]:g}, not {zoom!r}")
     count("seed", seed, at_least=0)

@@ -22,6 +22,7 @@ from crbp.data._files import (
     write_missing,
 )
 from crbp.data.panoptic._layout import STREAM_VERSION
+from crbp.data.panoptic._looks import Looks
 from crbp.data.panoptic.dataset import instance_annotations, segments_info
 from crbp.data.panoptic.formats import png, rgb_from_ids
 from crbp.data.panoptic.shapes import CATEGORIES, Shapes, Split, check_task
@@ -37,7 +38,7 @@ class _Job(NamedTuple):
     out: Path
     size: int
     objects: tuple[int, int]
-    plain: bool
+    looks: Looks
     zoom: float
     seed: int
     split: Split
@@ -52,7 +53,7 @@ def write_shapes(
     images: tuple[int, int] = (10_000, 1_000),
     size: int = 192,
     objects: tuple[int, int] = (6, 14),
-    plain: bool = False,
+    looks: Looks = "textured",
     zoom: float = 1.0,
     seed: int = 0,
     batch_size: int = 100,
@@ -73,7 +74,7 @@ def write_shapes(
         images: number of images of train and of val.
         size: height and width in pixels, 128 to 512.
         objects: least and most things of an image; see `Shapes`.
-        plain: things have one colour each and no texture.
+        looks: of things; see `Shapes`.
         zoom: how many times as large everything is, 1 to 2.
         seed: of the set.
         batch_size: images a checksum file.
@@ -84,7 +85,7 @@ def write_shapes(
         ValueError: an argument is out of range.
         DataError: `out` holds another data set.
     """
-    check_task(size, objects, zoom, seed)
+    check_task(size, objects, looks, zoom, seed)
     for name, value in (("images", images[0]), ("images", images[-1]), ("batch_size", batch_size)):
         count(name, value)
     if workers is not None:
@@ -95,7 +96,7 @@ def write_shapes(
             "size": size,
             "objects": list(objects),
             "stream_version": STREAM_VERSION,
-            **({"plain": True} if plain else {}),
+            **({"looks": looks} if looks != "textured" else {}),
             **({"zoom": float(zoom)} if zoom != 1 else {}),
         },
         "seed": seed,
@@ -104,7 +105,7 @@ def write_shapes(
     }
     _claim(manifest, task)
     jobs = [
-        _Job(root, size, (objects[0], objects[1]), plain, zoom, seed, split, k, start, min(batch_size, total - start))
+        _Job(root, size, (objects[0], objects[1]), looks, zoom, seed, split, k, start, min(batch_size, total - start))
         for split, total in zip(get_args(Split), images, strict=True)
         for k, start in enumerate(range(0, total, batch_size))
     ]
@@ -136,7 +137,7 @@ def _write_batch(job: _Job) -> int:
         split=job.split,
         images=job.start + job.images,
         objects=job.objects,
-        plain=job.plain,
+        looks=job.looks,
         zoom=job.zoom,
         seed=job.seed,
     )
