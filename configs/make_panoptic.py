@@ -26,7 +26,7 @@ METHODS = {
 }  # fmt: skip
 TERMS = 15  # of the Neumann series
 SMALL_BOXES = {"channels": 256, "samples": 64, "detections": 50}
-NARROW_BOXES = {"channels": 128, "samples": 32, "positive_share": 0.5, "detections": 50}
+NARROW_BOXES = {"channels": 64, "size": 6, "samples": 32, "positive_share": 0.5, "detections": 50}
 COMPARED = ("fpn", "bptt1", "bptt3", "crbp10", "crbp20")  # on generated shapes
 MASK_HEAD = "roi_heads.mask_head."
 START = "start_shapes"  # the row whose weights those on shapes start from
@@ -85,7 +85,7 @@ def small(method: str, side: int, steps: int, *, narrow: bool = False) -> dict[s
         things=10,
         stuff=6,
         # As crbp.models.panoptic.mini_settings has them.
-        backbone={"norm": "group", **({"width": 16} if narrow else {}), "channels": 64, "canonical_size": side // 2},
+        backbone={"norm": "group", **({"width": 12} if narrow else {}), "channels": 64, "canonical_size": side // 2},
         proposals={
             "anchor_sizes": [side / 12 * 2 ** (level / 1.25) for level in range(5)],
             "before_nms": 200,
@@ -96,7 +96,7 @@ def small(method: str, side: int, steps: int, *, narrow: bool = False) -> dict[s
         },
         boxes=NARROW_BOXES if narrow else SMALL_BOXES,
         masks={"channels": 64},
-        semantic={"channels": 64},
+        semantic={"channels": 32 if narrow else 64},
         merge={"stuff_area": side * side // 150},
     )
     task = thing(
@@ -155,7 +155,7 @@ def rows() -> Iterator[tuple[str, str, dict[str, Any]]]:
     for method in ("fpn", "crbp20"):
         name = "fpn_r101_3x" if method == "fpn" else f"rfpn_r101_{method}_3x"
         yield name, f"COCO, ResNet-101, {named(method)}, 3× schedule", coco(method, 101, 3)
-    shapes = "Plain shapes of 128 pixels, ResNet-18 of a quarter of the width"
+    shapes = "Coloured shapes of 128 pixels, narrow ResNet-18"
     yield START, f"{shapes}: what the rows shapes_* start from", small("fpn", 128, START_STEPS, narrow=True)
     for method in COMPARED:
         name = "fpn" if method == "fpn" else f"rfpn_{method}"
