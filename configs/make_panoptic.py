@@ -28,9 +28,9 @@ TERMS = 15  # of the Neumann series
 SMALL_BOXES = {"channels": 256, "samples": 64, "detections": 50}
 NARROW_BOXES = {"channels": 64, "size": 6, "samples": 32, "positive_share": 0.5, "detections": 50}
 COMPARED = ("fpn", "bptt1", "bptt3", "crbp10", "crbp20")  # on generated shapes
-MASK_HEAD = "roi_heads.mask_head."
+MASKS = ["roi_heads.mask_head.", "roi_heads.mask_predictor."]
 START = "start_shapes"  # the row whose weights those on shapes start from
-START_STEPS, ROW_STEPS = 3_000, 600  # of four images
+START_STEPS, ROW_STEPS = 3_000, 1_000  # of four images
 STOP = 0.01  # relative size of a term at which the series of these rows ends
 
 
@@ -94,7 +94,7 @@ def small(method: str, side: int, steps: int, *, narrow: bool = False) -> dict[s
             "after_nms_test": 100,
             "samples": 128,
         },
-        boxes=NARROW_BOXES if narrow else SMALL_BOXES,
+        boxes=dict(NARROW_BOXES if narrow else SMALL_BOXES),
         masks={"channels": 64},
         semantic={"channels": 32 if narrow else 64},
         merge={"stuff_area": side * side // 150},
@@ -126,14 +126,16 @@ def small(method: str, side: int, steps: int, *, narrow: bool = False) -> dict[s
 
 
 def started(method: str) -> dict[str, Any]:
-    """A run on generated shapes that differs from others in its mask head alone, the one part that starts anew."""
+    """A run on generated shapes that trains the masks alone, from scratch: all else is as another row left it."""
     made = small(method, 128, ROW_STEPS, narrow=True)
     made["trainer"]["val_check_interval"] = 1.0
+    made["model"]["init_args"]["net"]["init_args"]["boxes"]["samples"] = 8  # half of them on objects: masks of a step
     made["model"]["init_args"] |= {
-        "learning_rate": 0.0005,
+        "learning_rate": 0.003,
         "average_precision": False,
         "weights": f"runs/{START}/version_0/weights/last.safetensors",
-        "without": [MASK_HEAD],
+        "without": MASKS,
+        "trained": MASKS,
     }
     made["data"]["init_args"]["source"]["init_args"]["seed"] = 1  # no image of those that the weights have seen
     return made

@@ -8,6 +8,7 @@ from dataclasses import replace
 from torch import Tensor
 
 import crbp
+from crbp._temporarily import temporarily
 from crbp.gradients import GradientMethod
 from crbp.models import PathfinderNet
 
@@ -31,16 +32,14 @@ def memory_curve(
         steps: numbers of steps of recurrence.
         penalty: on the run, counted as well.
     """
-    kept = net.evolve
     found = []
-    try:
-        for n in steps:
-            net.evolve = replace(kept, steps=n, gradient=gradient)
-            with crbp.activation_memory(exclude=[*net.parameters(), image]) as memory:
-                prediction = net(image)
-                extra = penalty(prediction.run) if penalty is not None else None
-            found.append(memory.bytes)
-            del prediction, extra
-    finally:
-        net.evolve = kept
+    for n in steps:
+        with (
+            temporarily(net, evolve=replace(net.evolve, steps=n, gradient=gradient)),
+            crbp.activation_memory(exclude=[*net.parameters(), image]) as memory,
+        ):
+            prediction = net(image)
+            extra = penalty(prediction.run) if penalty is not None else None
+        found.append(memory.bytes)
+        del prediction, extra
     return found

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import crbp
 from crbp._checks import count
+from crbp._temporarily import temporarily
 from crbp._tree import flatten_state, norm
 from crbp.losses import expected_probability
 from crbp.models import PathfinderNet
@@ -108,8 +109,7 @@ def late_radius(net: PathfinderNet, image: Tensor, *, steps: int, seed: int = 0)
     """
     radius = torch.full((len(image),), torch.inf)
     converged = torch.zeros(len(image), dtype=torch.bool)
-    kept, net.evolve = net.evolve, replace(net.evolve, tolerance=None, on_divergence="warn")
-    try:
+    with temporarily(net, evolve=replace(net.evolve, tolerance=None, on_divergence="warn")):
         for places in torch.split(torch.arange(len(image), device=image.device), BATCH):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", crbp.DivergenceWarning)  # told by the radius
@@ -125,8 +125,6 @@ def late_radius(net: PathfinderNet, image: Tensor, *, steps: int, seed: int = 0)
             found = crbp.spectral_radius(run, per_sample=True, generator=generator)
             places, good = places.cpu(), found.radius.isfinite().cpu()
             radius[places[good]], converged[places[good]] = found.radius.cpu()[good], found.converged.cpu()[good]
-    finally:
-        net.evolve = kept
     return radius, converged
 
 

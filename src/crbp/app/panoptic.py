@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from crbp._temporarily import temporarily
 from crbp._torch_file import load_plain
 from crbp.analysis.overlay import overlay
 from crbp.app.images import ImageError
@@ -118,19 +119,16 @@ def frames(found: Panoptic, image: Image.Image, *, steps: Sequence[int]) -> Iter
     of = found.categories
     names = {category: of.name(category) for category in (*of.things, *of.stuff)}
     colours = {category: of.colour(category) for category in names}
-    trained = found.net.steps
     try:
         for step in steps:
-            found.net.steps = step
-            (result,) = found.net([pixels], sizes=[size])
+            with temporarily(found.net, steps=step):
+                (result,) = found.net([pixels], sizes=[size])
             listed = segments_info(result, of)
             drawn = overlay(np.asarray(image), result.panoptic.numpy(), listed, names, colours)
             things = sum(segment["isthing"] for segment in result.segments)
             yield {"t": step, "source": _jpeg(drawn), "told": f"{things} things, {len(listed) - things} kinds of stuff"}
     except DivergenceError as error:
         raise ImageError(f"{error}; show fewer steps") from error
-    finally:
-        found.net.steps = trained
 
 
 def _jpeg(picture: Image.Image) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import crbp
 from crbp._checkpoint import checkpoint_file
 from crbp._checks import choice, count, non_negative, share
+from crbp._temporarily import temporarily
 from crbp.data.panoptic import Categories
 from crbp.metrics import DetectionAP, PanopticQuality, PanopticWriter
 from crbp.models import RFPN, PanopticFPN
@@ -72,6 +73,7 @@ class PanopticTask(ResumableModule):
 
     Raises:
         ValueError: for values out of range, or ones that do not go together.
+        TypeError: if ``trained`` is one text.
 
     Source: Kirillov et al., Panoptic feature pyramid networks, CVPR 2019; Linsley et al., NeurIPS 2020.
     """
@@ -93,7 +95,7 @@ class PanopticTask(ResumableModule):
         steps: int | None = None,
         weights: str | None = None,
         without: tuple[str, ...] = (),
-        trained: tuple[str, ...] = (),
+        trained: Sequence[str] = (),
         results: str | None = None,
     ) -> None:
         super().__init__()
@@ -115,7 +117,7 @@ class PanopticTask(ResumableModule):
         if without and weights is None:
             raise ValueError(f"without={list(without)} leaves out of weights, and there are none to start from")
         if isinstance(trained, str):
-            raise ValueError(f"trained must be a list of beginnings of names, not the text {trained!r}")
+            raise TypeError(f"trained must be a list of beginnings of names, not the text {trained!r}")
         for start in trained:
             if not any(name.startswith(start) for name, _ in net.named_parameters()):
                 parts = ", ".join(sorted({f"{name.split('.', 1)[0]}." for name, _ in net.named_parameters()}))
@@ -303,14 +305,8 @@ class PanopticTask(ResumableModule):
         wanted: dict[str, Any] = {"merged_only": merged_only} if isinstance(self.net, PanopticFPN) else {}
         if self.steps is not None:
             wanted["steps"] = self.steps
-        kept = {name: getattr(self.net, name) for name in wanted}
-        try:
-            for name, value in wanted.items():
-                setattr(self.net, name, value)
+        with temporarily(self.net, **wanted):
             return self.net(batch.images, sizes=[target["size"] for target in batch.targets])  # type: ignore[no-any-return]
-        finally:
-            for name, value in kept.items():
-                setattr(self.net, name, value)
 
     def _evaluate(self, batch: PanopticBatch) -> None:
         assert self.quality is not None  # made in setup
