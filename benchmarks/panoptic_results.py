@@ -2,8 +2,8 @@
 
     python benchmarks/panoptic_results.py 'shapes_*' --seeds 0 1 --out results/panoptic
 
-Reads the runs of `panoptic.py`, and writes all that was measured of them to `shapes.csv`; rows that are not finished
-are left out.
+Reads the runs of `panoptic.py`, and writes all that was measured of them to `table.csv`, and the weights of one of
+them, in half precision, to `weights`; rows that are not finished are left out.
 """
 
 from __future__ import annotations
@@ -21,10 +21,13 @@ from _tables import markdown, with_tables
 from matplotlib.figure import Figure
 from panoptic import CONFIGS, STEPS
 
+from crbp.tasks import load_trained, save_net
+
 Line = dict[str, str]  # of the table of all that was measured
 QUALITIES = ("pq", "sq", "rq", "pq_things", "pq_stuff", "box_ap", "mask_ap", "true_box_iou")
 SHOWN = ("pq", "pq_things", "pq_stuff", "mask_ap", "true_box_iou")
 COLUMNS = ("row", "seed", "trained_steps", "parameters", "images", "steps", *QUALITIES, "seconds", "commit")
+SHIPPED = "shapes_rfpn_crbp20"  # the row, with seed 0, whose weights are handed on
 METHODS = {
     "fpn": ("Panoptic FPN", "#000000"), "rfpn_bptt1": ("R-FPN, BPTT, 1 step", "#E69F00"),
     "rfpn_bptt3": ("R-FPN, BPTT, 3 steps", "#D55E00"), "rfpn_crbp10": ("R-FPN, C-RBP, 10 steps", "#56B4E9"),
@@ -117,6 +120,12 @@ def side_by_side(values: Iterable[str]) -> str:
     return ", ".join(f"{100 * float(value):.1f}" for value in values)
 
 
+def hand_on(run: Path, file: Path) -> None:
+    """Keep the last weights of a run in half precision."""
+    net, origin = load_trained(run / "weights" / "last.safetensors")
+    save_net({name: value.half() for name, value in net.state_dict().items()}, file, origin)
+
+
 def read(file: Path) -> list[Line]:
     """The lines of a table that has been written."""
     with file.open(newline="") as rows:
@@ -136,13 +145,16 @@ def main() -> None:
     if not lines:
         raise SystemExit("no finished run was found; panoptic.py trains them, --runs says where they are")
     options.out.mkdir(parents=True, exist_ok=True)
-    with (options.out / "shapes.csv").open("w", newline="") as file:
+    with (options.out / "table.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in line.items()} for line in lines)
-    written, page = read(options.out / "shapes.csv"), options.out / "README.md"
+    written, page = read(options.out / "table.csv"), options.out / "README.md"
     figure(written).savefig(options.out / "steps.png", dpi=140)
     page.write_text(with_tables(page.read_text(), {"shapes": table(written)}))
+    for run in folders:
+        if run.parent.name == SHIPPED and (run / "made.json").exists():
+            hand_on(run, options.out / "weights" / f"{SHIPPED}.safetensors")
     print(f"{len(lines)} lines in {options.out}")
 
 

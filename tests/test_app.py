@@ -350,7 +350,7 @@ print(_element("crbp-player", {"name": '"><b>&'}))
     # In a process of its own: Gradio leaves an event loop open at the end.
     done = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("False ")
-    for wanted in ("crbp-pad", "configs/panoptic/mini_rfpn_crbp10.yaml", *DEFAULTS):
+    for wanted in ("crbp-pad", "pip install 'crbp[panoptic]'", *DEFAULTS):
         assert wanted in done.stdout
     assert html.escape(json.dumps({"name": '"><b>&'})) in done.stdout
 

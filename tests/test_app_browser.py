@@ -49,8 +49,6 @@ def address() -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "crbp.cli", "app", "--port", str(port)]
-    if given := os.environ.get("CRBP_PANOPTIC"):
-        command += ["--panoptic", given]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         line = server.stdout.readline()
@@ -269,10 +267,6 @@ def test_a_phone_has_no_horizontal_scroll(page: Page) -> None:
 
 def test_the_panoptic_tab(page: Page) -> None:
     page.get_by_role("tab", name="Panoptic segmentation").click()
-    if "CRBP_PANOPTIC" not in os.environ:
-        assert page.get_by_text("No panoptic model is loaded").is_visible()
-        assert page.get_by_text("mini_rfpn_crbp10.yaml").is_visible()
-        return
     page.locator("#segment").click()
     page.wait_for_selector("crbp-frames[data-ready]")
     page.locator("crbp-frames input[type=range]").press("End")

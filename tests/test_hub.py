@@ -140,7 +140,7 @@ def net_of(file: Path) -> dict[str, object]:
 def test_a_shipped_network_is_had_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert_same(hub.from_pretrained(SHIPPED.stem), load_net(SHIPPED))
-    assert hub.shipped().keys() == {file.stem for file in SHIPPED.parent.iterdir()}
+    assert hub.shipped().keys() == {file.stem for file in (ROOT / "results").glob("*/weights/*")}
 
 
 def test_what_the_package_takes_along_is_there_and_small() -> None:
@@ -148,13 +148,13 @@ def test_what_the_package_takes_along_is_there_and_small() -> None:
     taken = wheel["wheel"]["force-include"]
     assert taken
     assert all(into == f"crbp/{file}" for file, into in taken.items())
-    assert sum((ROOT / file).stat().st_size for file in taken) < 500_000
+    assert sum((ROOT / file).stat().st_size for file in taken) < 2_500_000
     assert hub.save_pretrained.__kwdefaults__["licence"] == "mit"
 
 
 @pytest.mark.parametrize("name", ["small5_hgru", "", "a/b/c", "./absent/net", str(SHIPPED)])
 def test_unknown_names_say_what_there_is(name: str) -> None:
-    with pytest.raises(WeightsError, match="shipped, as are small") if name else pytest.raises(WeightsError):
+    with pytest.raises(WeightsError, match="shipped, as are ") if name else pytest.raises(WeightsError):
         hub.from_pretrained(name)
 
 

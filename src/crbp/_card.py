@@ -77,11 +77,12 @@ def written_card(checkpoint: Path, net: nn.Module, origin: Origin, *, numbers: M
 
 
 def _of_table(checkpoint: Path) -> dict[str, Any]:
-    """The row of this network in the table beside the folder of the weights."""
+    """The row of this network in the table beside the folder of the weights, at the steps that it was trained for."""
     table = checkpoint.absolute().parent.parent / "table.csv"
     with contextlib.suppress(OSError, ValueError, csv.Error):
         rows = csv.DictReader(table.read_text(encoding="utf-8").splitlines())
-        found = next((row for row in rows if row.get("row") == checkpoint.stem), {})
+        own = (row for row in rows if row.get("row") == checkpoint.stem)
+        found = next((row for row in own if "trained_steps" not in row or row.get("steps") == row["trained_steps"]), {})
         return {name: value for name, value in found.items() if isinstance(name, str)}
     return {}
 

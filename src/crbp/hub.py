@@ -149,7 +149,7 @@ def shipped() -> dict[str, Path]:
     """The networks that come with crbp, by name: a few with the package, all of ``results`` with a checkout."""
     package = Path(__file__).parent
     roots = (package, package.parents[1])
-    files = (file for root in roots for file in (root / "results" / "pathfinder" / "weights").glob("*.safetensors"))
+    files = (file for root in roots for file in (root / "results").glob("*/weights/*.safetensors"))
     return {file.stem: file for file in sorted(files)}
 
 

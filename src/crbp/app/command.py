@@ -12,11 +12,13 @@ from crbp._checkpoint import add_trust, named_file, trusted
 from crbp._command import Parser
 from crbp.app.models import Models
 from crbp.errors import CrbpError
+from crbp.hub import shipped
 
 if TYPE_CHECKING:
     from crbp.app.panoptic import Panoptic
 
 LARGEST = "20mb"  # of an upload
+PANOPTIC = "shapes_rfpn_crbp20"  # what segments where nothing else is given
 
 
 def main(arguments: list[str]) -> None:
@@ -73,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="contour-tracing models of your own, besides those that come with crbp; NAME=… says what to call one",
     )
-    made.add_argument("--panoptic", type=Path, metavar="FILE", help="an R-FPN for the panoptic tab")
+    made.add_argument("--panoptic", type=Path, metavar="FILE", help="an R-FPN of your own for the panoptic tab")
     made.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets others in (default: 127.0.0.1)")
     made.add_argument("--port", type=int, default=7860, help="(default: 7860)")
     made.add_argument("--open", action="store_true", help="open the page in this machine's browser")
@@ -89,13 +91,13 @@ def _options(arguments: list[str]) -> argparse.Namespace:
 
 
 def _panoptic(options: argparse.Namespace) -> Panoptic | None:
-    if options.panoptic is None:
-        return None
     try:
         from crbp.app.panoptic import load_panoptic
     except ImportError as error:
+        if options.panoptic is None:
+            return None  # the tab says what to install
         raise CrbpError(f"--panoptic: {error}; run: pip install 'crbp[panoptic]'") from error
-    return load_panoptic(options.panoptic, trust=trusted(options))
+    return load_panoptic(options.panoptic or shipped()[PANOPTIC], trust=trusted(options))
 
 
 def _see_port(host: str, port: int) -> None:

@@ -32,15 +32,12 @@ PICTURES = [".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"]
 _HEADING = """# Watch a recurrent model trace a contour
 One contour is marked by a disc. A model has to light up that contour and no other. **C-RBP** trains it to come to rest:
 the tracing stays right beyond the **N** steps it was trained for. Trained with **BPTT** it moves on."""
-_UNTRAINED = """### No panoptic model is loaded
-None comes with crbp. Train one on generated shapes, from scratch, then start the app with it:
-
+_MISSING = """### Panoptic segmentation is not installed
 ```sh
-crbp fit --config configs/panoptic/mini_rfpn_crbp10.yaml
-crbp app --panoptic runs/mini_rfpn_crbp10/version_0/weights/best.safetensors
+pip install 'crbp[panoptic]'
 ```
 
-This tab then shows what the model sees in an image after each step of its recurrent mask head."""
+This tab then shows what a model sees in an image after each step of its recurrent mask head."""
 _WAITING = '<p class="waiting">The first image is being traced …</p>'
 _CHOOSE = '<p class="waiting">Choose an image, or segment one of validation.</p>'
 _NUMBERS = itertools.count(1)
@@ -65,7 +62,7 @@ def page(models: Models, panoptic: Panoptic | None) -> gr.Blocks:
             _contours(blocks, models)
         with gr.Tab("Panoptic segmentation"):
             if panoptic is None:
-                gr.Markdown(_UNTRAINED, elem_id="untrained")
+                gr.Markdown(_MISSING, elem_id="missing")
             else:
                 _panoptic(panoptic)
     return blocks
