@@ -11,73 +11,109 @@ has that trained first.
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 import yaml
 from _runs import ROOT, train_all
 from torch import Tensor
 
-from crbp.models import RFPN
-from crbp.models.panoptic.mask_head import mask_targets
-from crbp.tasks import PanopticData, PanopticTask, load_net
+from crbp.metrics import PanopticQuality
+from crbp.models import RFPN, PanopticFPN
+from crbp.models.panoptic.box_head import InstanceHeads
+from crbp.models.panoptic.mask_head import RecurrentMaskHead, mask_targets
+from crbp.models.panoptic.results import panoptic_result
+from crbp.tasks import PanopticData, load_net
+from crbp.tasks.panoptic import segments_info
 from crbp.tasks.weights import build
 
 CONFIGS = ROOT / "configs" / "panoptic"
 STEPS = (1, 2, 3, 5, 10, 20, 30)  # of the mask head, at which a recurrent network is measured
+QUALITIES = tuple(f"{name}{kind}" for kind in ("", "_things", "_stuff") for name in ("pq", "sq", "rq"))
+Counts = Sequence[int | None]  # numbers of steps, or None alone for a mask head without them
 
 
 def analyse(name: str, run: Path) -> bool:
     """Measure one run and write ``analysis.json`` beside it; an error ends the script."""
     config = yaml.safe_load((run / "config.yaml").read_text())
-    net = load_net(run / "weights" / "last.safetensors")
+    net: Any = load_net(run / "weights" / "last.safetensors")
     data = build(PanopticData, config["data"], f"the data of {name}")
     trained = net.steps if isinstance(net, RFPN) else None
-    counts = [trained] if trained is None else sorted({*STEPS, trained})
-    overlaps = in_true_boxes(net, data, counts)
+    counts: Counts = [None] if trained is None else sorted({*STEPS, trained})
     found = {
-        "parameters": sum(parameter.numel() for parameter in net.parameters() if parameter.requires_grad),
+        "parameters": sum(parameter.numel() for parameter in net.parameters()),
         "steps": trained,
-        "quality": [
-            {"steps": steps, **quality(net, data, steps, precise=steps == trained), "true_box_iou": overlap}
-            for steps, overlap in zip(counts, overlaps, strict=True)
-        ],
+        "quality": measure(net, data, counts),
     }
     (run / "analysis.json").write_text(json.dumps(found, indent=2) + "\n")
     return True
 
 
 @torch.no_grad()
-def in_true_boxes(net: Any, data: PanopticData, counts: Sequence[int | None]) -> list[float]:
-    """Mean overlap (IoU) of masks with the targets of training in the true boxes, of any class: the mask head alone."""
+def measure(net: PanopticFPN, data: PanopticData, counts: Counts) -> list[dict[str, Any]]:
+    """Panoptic quality on the validation split, and the overlap of masks with the truth, after each number of steps.
+
+    Boxes do not depend on the steps of the mask head: they are found once, and one run of it passes all numbers of
+    steps. ``true_box_iou`` is the mean overlap (IoU) with the targets of training in the true boxes, of any class: of
+    the mask head alone.
+    """
+    of = data.categories
+    qualities = [PanopticQuality(of.as_json()) for _ in counts]
     overlaps: list[list[Tensor]] = [[] for _ in counts]
+    heads = net.roi_heads
+    if isinstance(net, RFPN):
+        net.steps = 1  # of the masks that come with detections, and are not looked at
     for batch in data.val_dataloader():
-        images, (target,) = net.batch(batch.images), batch.targets
+        assert batch.truths is not None
+        images, (target,), (truth,) = net.batch(batch.images), batch.targets, batch.truths
         features = net.backbone(images.tensors)
-        every = torch.arange(len(target["boxes"]))
-        for steps, found in zip(counts, overlaps, strict=True):
-            if steps is not None:
-                net.steps = steps
-            masks, _ = net.roi_heads.masks(features, [target["boxes"]], target["labels"])
-            said = masks >= 0.5
-            true = mask_targets(target["masks"], target["boxes"], every, masks.shape[-1])
-            found.append((said & true).sum((1, 2)) / (said | true).sum((1, 2)).clamp_min(1))
-    return [round(float(torch.cat(found).mean()), 5) for found in overlaps]
+        proposals, _ = net.rpn(images, features)
+        (seen,) = heads.detect(features, proposals, images.image_sizes, at_least=net.merge.score)
+        (logits,) = net.semantic_head(features)
+        for quality, masks in zip(qualities, masks_at(heads, features, seen.boxes, seen.labels, counts), strict=True):
+            found = replace(seen, masks=masks)
+            result = panoptic_result(found, logits, images.image_sizes[0], target["size"], net.merge)
+            quality.update(result.panoptic, segments_info(result, of), *truth)
+        boxes, every = target["boxes"], torch.arange(len(target["boxes"]))
+        given = masks_at(heads, features, boxes, target["labels"], counts)
+        for known, masks in zip(overlaps, given, strict=True):
+            known.append(iou(masks >= 0.5, mask_targets(target["masks"], boxes, every, masks.shape[-1])))
+    return [
+        {
+            "steps": steps,
+            **{name: round(float(value), 5) for name, value in quality.compute().items() if name in QUALITIES},
+            "true_box_iou": round(float(torch.cat(known).mean()), 5),
+        }
+        for steps, quality, known in zip(counts, qualities, overlaps, strict=True)
+    ]
 
 
-def quality(net: Any, data: PanopticData, steps: int | None, *, precise: bool) -> dict[str, float]:
-    """Panoptic quality on the validation split, and average precision where it is wanted: it takes its time."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    trainer = pl.Trainer(
-        accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False, inference_mode=True
-    )
-    task = PanopticTask(net, steps=steps, average_precision=precise)
-    (found,) = trainer.validate(task, data, verbose=False)
-    return {name.removeprefix("val/"): round(value, 5) for name, value in found.items()}
+def masks_at(
+    heads: InstanceHeads, features: dict[str, Tensor], boxes: Tensor, labels: Tensor, counts: Counts
+) -> Iterator[Tensor]:
+    """Probabilities ``(n, m, m)`` of the masks in the boxes of one image, after each number of steps."""
+    pooled = heads.mask_roi_pool(features, [boxes])
+    for seen in _features_at(heads.mask_head, pooled, counts):
+        yield heads.mask_predictor(seen)[torch.arange(len(labels)), labels].sigmoid()
+
+
+def _features_at(head: Any, pooled: Tensor, counts: Counts) -> Iterator[Tensor]:
+    if not isinstance(head, RecurrentMaskHead):
+        yield head(pooled).features
+        return
+    state = head.cell.initial_state(pooled)
+    for step in range(1, max(count for count in counts if count is not None) + 1):
+        state = head.cell(state, pooled)
+        if step in counts:
+            yield head.output_norm(state)
+
+
+def iou(said: Tensor, true: Tensor) -> Tensor:
+    """Intersection over union of masks ``(n, m, m)`` of bool, 0 where both are empty."""
+    return (said & true).sum((1, 2)) / (said | true).sum((1, 2)).clamp_min(1)
 
 
 if __name__ == "__main__":

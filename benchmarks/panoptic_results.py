@@ -19,14 +19,15 @@ import yaml
 from _runs import ROOT, add_rows, label, wanted
 from _tables import markdown, with_tables
 from matplotlib.figure import Figure
-from panoptic import CONFIGS, STEPS
+from panoptic import CONFIGS, QUALITIES, STEPS
 
 from crbp.tasks import load_trained, save_net
 
 Line = dict[str, str]  # of the table of all that was measured
-QUALITIES = ("pq", "sq", "rq", "pq_things", "pq_stuff", "box_ap", "mask_ap", "true_box_iou")
-SHOWN = ("pq", "pq_things", "pq_stuff", "mask_ap", "true_box_iou")
-COLUMNS = ("row", "seed", "trained_steps", "parameters", "images", "steps", *QUALITIES, "seconds", "commit")
+SHOWN = ("pq", "pq_things", "sq_things", "rq_things", "pq_stuff", "true_box_iou")
+COLUMNS = (
+    *("row", "seed", "trained_steps", "parameters", "images", "steps", *QUALITIES, "true_box_iou", "seconds", "commit"),
+)
 SHIPPED = "shapes_rfpn_crbp20"  # the row, with seed 0, whose weights are handed on
 METHODS = {
     "fpn": ("Panoptic FPN", "#000000"), "rfpn_bptt1": ("R-FPN, BPTT, 1 step", "#E69F00"),
@@ -89,7 +90,7 @@ def table(lines: Iterable[Line]) -> str:
         body.append([METHODS[name][0], f"{int(ends[0]['parameters']):,}", *shown, last])
     return markdown(
         (
-            "", "parameters", "PQ at N", "things", "stuff", "mask AP", "IoU in true boxes",
+            "", "parameters", "PQ at N", "PQ things", "SQ things", "RQ things", "PQ stuff", "IoU in true boxes",
             f"PQ at {STEPS[-1]} steps",
         ),
         body,
