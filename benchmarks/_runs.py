@@ -49,7 +49,8 @@ def train(config: Path, seed: int, out: Path, analyse: Analyse) -> None:
     run.mkdir(parents=True, exist_ok=True)
     arguments = ["fit", "--config", config, "--trainer.enable_progress_bar", "false"]
     if started := started_from(config):
-        arguments += ["--model.init_args.weights", out / started.relative_to("runs")]
+        weights = out / started.relative_to("runs")  # relative where it may be: the weights of the run will tell it
+        arguments += ["--model.init_args.weights", weights.relative_to(ROOT) if out.is_relative_to(ROOT) else weights]
     arguments += ["--seed_everything", str(seed), "--data.init_args.seed", str(seed)]
     arguments += ["--trainer.logger.init_args.save_dir", out, "--trainer.logger.init_args.name", name]
     arguments += ["--trainer.logger.init_args.version", "version_0"]

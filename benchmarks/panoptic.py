@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,18 +22,19 @@ import yaml
 from _runs import ROOT, train_all
 from torch import Tensor
 
+import crbp
+from crbp._temporarily import temporarily
 from crbp.metrics import PanopticQuality
 from crbp.models import RFPN, PanopticFPN
 from crbp.models.panoptic.box_head import InstanceHeads
 from crbp.models.panoptic.mask_head import RecurrentMaskHead, mask_targets
 from crbp.models.panoptic.results import panoptic_result
 from crbp.tasks import PanopticData, load_net
-from crbp.tasks.panoptic import segments_info
+from crbp.tasks.panoptic import QUALITIES, segments_info
 from crbp.tasks.weights import build
 
 CONFIGS = ROOT / "configs" / "panoptic"
 STEPS = (1, 2, 3, 5, 10, 20, 30)  # of the mask head, at which a recurrent network is measured
-QUALITIES = tuple(f"{name}{kind}" for kind in ("", "_things", "_stuff") for name in ("pq", "sq", "rq"))
 Counts = Sequence[int | None]  # numbers of steps, or None alone for a mask head without them
 
 
@@ -64,14 +66,13 @@ def measure(net: PanopticFPN, data: PanopticData, counts: Counts) -> list[dict[s
     qualities = [PanopticQuality(of.as_json()) for _ in counts]
     overlaps: list[list[Tensor]] = [[] for _ in counts]
     heads = net.roi_heads
-    if isinstance(net, RFPN):
-        net.steps = 1  # of the masks that come with detections, and are not looked at
     for batch in data.val_dataloader():
         assert batch.truths is not None
         images, (target,), (truth,) = net.batch(batch.images), batch.targets, batch.truths
         features = net.backbone(images.tensors)
         proposals, _ = net.rpn(images, features)
-        (seen,) = heads.detect(features, proposals, images.image_sizes, at_least=net.merge.score)
+        with temporarily(net, steps=1) if isinstance(net, RFPN) else nullcontext():  # its own masks are not looked at
+            (seen,) = heads.detect(features, proposals, images.image_sizes, at_least=net.merge.score)
         (logits,) = net.semantic_head(features)
         for quality, masks in zip(qualities, masks_at(heads, features, seen.boxes, seen.labels, counts), strict=True):
             found = replace(seen, masks=masks)
@@ -108,6 +109,8 @@ def _features_at(head: Any, pooled: Tensor, counts: Counts) -> Iterator[Tensor]:
     for step in range(1, max(count for count in counts if count is not None) + 1):
         state = head.cell(state, pooled)
         if step in counts:
+            if not bool(state.isfinite().all()):
+                raise crbp.DivergenceError(f"the state of an instance is not finite after {step} steps")
             yield head.output_norm(state)
 
 

@@ -12,22 +12,25 @@ import argparse
 import csv
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
-from _runs import ROOT, add_rows, label, wanted
+from _runs import ROOT, add_rows, label, started_from, wanted
 from _tables import markdown, with_tables
 from matplotlib.figure import Figure
-from panoptic import CONFIGS, QUALITIES, STEPS
+from panoptic import CONFIGS, STEPS, measure
 
-from crbp.tasks import load_trained, save_net
+from crbp.tasks import PanopticData, load_net, load_trained, save_net
+from crbp.tasks.panoptic import QUALITIES
+from crbp.tasks.weights import build
 
 Line = dict[str, str]  # of the table of all that was measured
 SHOWN = ("pq", "pq_things", "sq_things", "rq_things", "pq_stuff", "true_box_iou")
 COLUMNS = (
-    *("row", "seed", "trained_steps", "parameters", "images", "steps", *QUALITIES, "true_box_iou", "seconds", "commit"),
-)
+    "row", "seed", "trained_steps", "parameters", "images", "steps", *QUALITIES, "true_box_iou", "seconds", "commit",
+)  # fmt: skip
 SHIPPED = "shapes_rfpn_crbp20"  # the row, with seed 0, whose weights are handed on
 METHODS = {
     "fpn": ("Panoptic FPN", "#000000"), "rfpn_bptt1": ("R-FPN, BPTT, 1 step", "#E69F00"),
@@ -122,9 +125,15 @@ def side_by_side(values: Iterable[str]) -> str:
 
 
 def hand_on(run: Path, file: Path) -> None:
-    """Keep the last weights of a run in half precision."""
+    """Keep the last weights of a run in half precision, and beside them what is measured with them."""
     net, origin = load_trained(run / "weights" / "last.safetensors")
-    save_net({name: value.half() for name, value in net.state_dict().items()}, file, origin)
+    half = {name: value.half() if value.is_floating_point() else value for name, value in net.state_dict().items()}
+    described = json.loads(json.dumps(origin.run))
+    described["model"]["init_args"]["weights"] = str(started_from(CONFIGS / f"{SHIPPED}.yaml"))  # not of this machine
+    save_net(half, file, replace(origin, run=described))
+    net = load_net(file)
+    (found,) = measure(net, build(PanopticData, described["data"], f"the data of {file}"), [net.steps])
+    file.with_suffix(".json").write_text(json.dumps(found, indent=2) + "\n")
 
 
 def read(file: Path) -> list[Line]:

@@ -134,8 +134,8 @@ def started(method: str) -> dict[str, Any]:
         "learning_rate": 0.003,
         "average_precision": False,
         "weights": f"runs/{START}/version_0/weights/last.safetensors",
-        "without": MASKS,
-        "trained": MASKS,
+        "without": [*MASKS],
+        "trained": [*MASKS],
     }
     made["data"]["init_args"]["source"]["init_args"]["seed"] = 1  # no image of those that the weights have seen
     return made

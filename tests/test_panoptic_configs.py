@@ -72,18 +72,22 @@ def test_small_rows_have_the_classes_of_their_data(path: Path) -> None:
     assert (net.things, net.stuff) == (len(categories.things), len(categories.stuff))
 
 
-def test_rows_on_shapes_differ_from_what_they_start_from_in_the_mask_head_alone() -> None:
+def test_rows_on_shapes_differ_from_what_they_start_from_in_their_masks_alone() -> None:
     start = content("start_shapes")
+    masks = ["roi_heads.mask_head.", "roi_heads.mask_predictor."]
     rows = [path.stem for path in FILES if path.stem.startswith("shapes_")]
     assert rows
     for name in rows:
         row = content(name)
         task, net = row["model"]["init_args"], row["model"]["init_args"]["net"]["init_args"]
-        assert {key: net[key] for key in net if key not in ("evolve", "penalty")} == start["model"]["init_args"]["net"][
-            "init_args"
-        ]
+        known = start["model"]["init_args"]["net"]["init_args"]
+        assert net["boxes"].pop("samples") <= known["boxes"]["samples"]  # of training, in which the boxes have no part
+        assert {key: net[key] for key in net if key not in ("evolve", "penalty")} == {
+            **known,
+            "boxes": {key: known["boxes"][key] for key in net["boxes"]},
+        }
         assert task["weights"] == "runs/start_shapes/version_0/weights/last.safetensors"
-        assert task["without"] == ["roi_heads.mask_head."]
+        assert task["without"] == task["trained"] == masks
         images, seen = (each["data"]["init_args"]["source"]["init_args"] for each in (row, start))
         assert images["seed"] != seen.get("seed", 0)
         assert {**images, "seed": 0, "train": 0} == {**seen, "seed": 0, "train": 0}

@@ -10,10 +10,13 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from torch import Tensor
 
 import crbp
+from crbp.metrics import PanopticQuality
 from crbp.models import RFPN, PanopticFPN
 from crbp.models.panoptic import mini_settings
+from crbp.models.panoptic.mask_head import mask_targets
 from crbp.models.panoptic.settings import BoxSettings, MaskSettings, MergeSettings
 from crbp.tasks import GeneratedShapes, PanopticData, PanopticTask
 
@@ -83,25 +86,56 @@ def test_a_row_that_starts_from_another_says_from_which(load_script: Callable[[s
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning")  # in Lightning, by torch
 @pytest.mark.parametrize("kind", ["fpn", "rfpn"])
-def test_what_is_measured_is_what_validation_measures(load_script: Callable[[str], ModuleType], kind: str) -> None:
-    settings = mini_settings(128) | {"things": 10, "stuff": 6, "merge": MergeSettings(score=0.1, stuff_area=0)}
-    settings |= {"boxes": BoxSettings(channels=32, score=0.1, detections=4), "masks": MaskSettings(channels=64, size=6)}
-    torch.manual_seed(0)
-    net = PanopticFPN(**settings) if kind == "fpn" else RFPN(**settings, evolve=crbp.Evolve(steps=3))
-    torch.nn.init.normal_(net.roi_heads.box_predictor.cls_score.weight)  # sure enough of some to keep them
-    torch.nn.init.normal_(net.roi_heads.mask_predictor.mask_fcn_logits.weight)
+def test_what_is_measured_is_what_validation_measures(
+    load_script: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    net = _guessing_net(kind)
     data = PanopticData(GeneratedShapes(size=128, train=4, val=3), shortest=(128,), shortest_test=128, workers=0)
+    maps: list[Tensor] = []
+    update = PanopticQuality.update
+    monkeypatch.setattr(
+        PanopticQuality,
+        "update",
+        lambda quality, seen, *rest: (maps.append(seen.clone()), update(quality, seen, *rest)),
+    )
     trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
-    wanted = {}
     counts = [None] if kind == "fpn" else [1, 3]
+    validated = {}
     for steps in counts:
         task = PanopticTask(net, steps=steps, average_precision=False)
-        (wanted[steps],) = trainer.validate(task, data, verbose=False)
+        (values,) = trainer.validate(task, data, verbose=False)
+        validated[steps] = values, maps[:]
+        maps.clear()
     found = load_script("benchmarks/panoptic.py").measure(net.eval(), data, counts)
     assert [each["steps"] for each in found] == counts
-    for each in found:
-        for name, value in wanted[each["steps"]].items():
-            assert each[name.removeprefix("val/")] == pytest.approx(value, abs=1e-5)
+    for k, (values, wanted) in enumerate(validated.values()):
+        measured = maps[k :: len(counts)]  # of each image after each number of steps
+        assert all(torch.equal(one, other) for one, other in zip(measured, wanted, strict=True))
+        assert all(found[k][name.removeprefix("val/")] == pytest.approx(value) for name, value in values.items())
+    if kind == "rfpn":
+        assert any(not torch.equal(one, other) for one, other in zip(maps[::2], maps[1::2], strict=True))
+
+
+def test_masks_are_measured_in_the_true_boxes(load_script: Callable[[str], ModuleType]) -> None:
+    net = _guessing_net("fpn").eval()
+    torch.nn.init.ones_(net.roi_heads.mask_predictor.mask_fcn_logits.bias)
+    torch.nn.init.zeros_(net.roi_heads.mask_predictor.mask_fcn_logits.weight)  # every mask is all of its box
+    data = PanopticData(GeneratedShapes(size=128, train=4, val=3), shortest=(128,), shortest_test=128, workers=0)
+    targets = [batch.targets[0] for batch in data.val_dataloader()]
+    true = [mask_targets(each["masks"], each["boxes"], torch.arange(len(each["boxes"])), 12) for each in targets]
+    (found,) = load_script("benchmarks/panoptic.py").measure(net, data, [None])
+    assert found["true_box_iou"] == pytest.approx(float(torch.cat(true).float().mean()), abs=1e-4)
+
+
+def _guessing_net(kind: str) -> Any:
+    """A network that is sure of things it has not learnt, some of which the merge takes."""
+    settings = mini_settings(128) | {"things": 10, "stuff": 6, "merge": MergeSettings(score=0.3, stuff_area=0)}
+    settings |= {"boxes": BoxSettings(channels=32, score=0.1, detections=6), "masks": MaskSettings(channels=64, size=6)}
+    torch.manual_seed(0)
+    net = PanopticFPN(**settings) if kind == "fpn" else RFPN(**settings, evolve=crbp.Evolve(steps=3))
+    torch.nn.init.normal_(net.roi_heads.box_predictor.cls_score.weight)
+    torch.nn.init.normal_(net.roi_heads.mask_predictor.mask_fcn_logits.weight)
+    return net
 
 
 def test_overlaps_are_of_what_is_said_with_what_is_true(load_script: Callable[[str], ModuleType]) -> None:

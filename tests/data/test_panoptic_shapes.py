@@ -59,6 +59,13 @@ def test_a_picture_of_a_seed_stays_what_it_is():
     assert np.bincount(drawn.places.ravel()).tolist() == AREAS
 
 
+def test_a_coloured_picture_of_a_seed_stays_what_it_is():
+    drawn = layout.draw(128, (3, 7), looks="coloured", zoom=1.6, seed=0, split="train", index=0)
+    assert layout.STREAM_VERSION == 1  # as above
+    assert drawn.names == ("stripes", "plain", "blotches", "checks", "star", "spiral", "star", "ring", "star")
+    assert int(drawn.image.astype(np.int64).sum()) == 5786763
+
+
 def test_plain_things_have_one_colour_each(monkeypatch):
     drawn = {}
     for looks in get_args(layout.Looks):

@@ -221,21 +221,28 @@ def test_nothing_is_left_out_where_there_are_no_weights() -> None:
         PanopticTask(tiny_net("fpn"), without=("rpn.",))
 
 
-def test_what_is_not_trained_stays_as_it_is(tmp_path: Path) -> None:
+@pytest.mark.parametrize("part", ["roi_heads.mask_head.", "backbone.body.bn1."])
+def test_what_is_not_trained_stays_as_it_is(tmp_path: Path, part: str) -> None:
     net = tiny_net(norm="batch")
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    task = PanopticTask(net, trained=("roi_heads.mask_head.",), average_precision=False, warmup_steps=0)
+    task = PanopticTask(net, trained=(part,), average_precision=False, warmup_steps=0)
     # Validation in between puts every module into evaluation mode and back.
     trainer(tmp_path, max_steps=2, val_check_interval=1, limit_val_batches=1).fit(task, tiny_data())
     moved = {name for name, value in net.state_dict().items() if not torch.equal(value, before[name])}
-    mask_head = {name for name in before if name.startswith("roi_heads.mask_head.")}
-    assert any(name.endswith("running_mean") for name in before.keys() - mask_head)
-    assert moved == mask_head
+    wanted = {name for name in before if name.startswith(part)}
+    assert any(name.endswith("running_mean") for name in before.keys() - wanted)
+    assert moved == wanted
 
 
 def test_names_of_what_is_trained_must_fit() -> None:
-    with pytest.raises(ValueError, match=r"'mask_head\.'; the parts are backbone\., roi_heads\., rpn\."):
+    with pytest.raises(ValueError, match=r"'mask_head\.'; parts are backbone\., roi_heads\., rpn\."):
         PanopticTask(tiny_net("fpn"), trained=["mask_head."])
+    net = tiny_net("fpn")
+    net.rpn.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"nothing to train has a name that begins with 'rpn\.'"):
+        PanopticTask(net, trained=["rpn."])
+    with pytest.raises(ValueError, match=r"without=\['rpn\.'\] is neither taken from weights nor trained"):
+        PanopticTask(tiny_net("fpn"), weights="imagenet", without=("rpn.",), trained=["semantic_head."])
     with pytest.raises(TypeError, match=r"not the text 'rpn\.'"):
         PanopticTask(tiny_net("fpn"), trained="rpn.")
 

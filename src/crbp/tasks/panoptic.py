@@ -30,7 +30,7 @@ from crbp.tasks.weights import WeightsError, load_net, trusted_packages
 Optimizer = Literal["sgd", "adamw"]
 Stage = Literal["val", "test"]
 
-_QUALITIES = tuple(f"{name}{kind}" for kind in ("", "_things", "_stuff") for name in ("pq", "sq", "rq"))
+QUALITIES = tuple(f"{name}{kind}" for kind in ("", "_things", "_stuff") for name in ("pq", "sq", "rq"))
 _CLASSIFIED = ("rpn_class", "box_class", "mask", "semantic")  # losses that are cross-entropies
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
 _NORMS = (_BATCH_NORM, nn.GroupNorm, nn.LayerNorm)
@@ -118,10 +118,13 @@ class PanopticTask(ResumableModule):
             raise ValueError(f"without={list(without)} leaves out of weights, and there are none to start from")
         if isinstance(trained, str):
             raise TypeError(f"trained must be a list of beginnings of names, not the text {trained!r}")
+        trainable = [name for name, parameter in net.named_parameters() if parameter.requires_grad]
         for start in trained:
-            if not any(name.startswith(start) for name, _ in net.named_parameters()):
-                parts = ", ".join(sorted({f"{name.split('.', 1)[0]}." for name, _ in net.named_parameters()}))
-                raise ValueError(f"trained: no parameter's name begins with {start!r}; the parts are {parts}")
+            if not any(name.startswith(start) for name in trainable):
+                parts = ", ".join(sorted({f"{name.split('.', 1)[0]}." for name in trainable}))
+                raise ValueError(f"trained: nothing to train has a name that begins with {start!r}; parts are {parts}")
+        if trained and (idle := [start for start in without if not start.startswith(tuple(trained))]):
+            raise ValueError(f"without={idle} is neither taken from weights nor trained; add it to trained")
         self.save_hyperparameters(ignore=["net"])
         self.net = net
         self.trained = tuple(trained)
@@ -168,7 +171,7 @@ class PanopticTask(ResumableModule):
         """Let norms that are not trained keep their statistics."""
         super().on_train_start()
         for name, module in self.net.named_modules():
-            if self.trained and isinstance(module, _BATCH_NORM) and not name.startswith(self.trained):
+            if self.trained and isinstance(module, _BATCH_NORM) and not f"{name}.".startswith(self.trained):
                 module.eval()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -325,7 +328,7 @@ class PanopticTask(ResumableModule):
     def _log_epoch(self, stage: Stage) -> None:
         assert self.quality is not None
         found = self.quality.compute()
-        values = {name: float(found[name]) for name in _QUALITIES}
+        values = {name: float(found[name]) for name in QUALITIES}
         self.quality.reset()
         if self.precision is not None:
             values |= {name: v for name, v in self.precision.compute().items() if name in ("box_ap", "mask_ap")}

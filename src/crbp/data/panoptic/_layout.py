@@ -238,7 +238,7 @@ def _texture(stream: Stream, kind: int, *, period: tuple[float, float]) -> Textu
 
 
 def _tint(hue: float, paleness: float, light: float) -> tuple[float, ...]:
-    """The colour of a hue in [0, 1), of which 0, ⅓ and ⅔ are red, green and blue; no channel is above `light`."""
+    """The colour of a hue in turns, of which 0, ⅓ and ⅔ are red, green and blue; no channel is above `light`."""
     full = (min(max(abs((6.0 * hue + shift) % 6.0 - 3.0) - 1.0, 0.0), 1.0) for shift in (0.0, 4.0, 2.0))
     return tuple(light * (1.0 - (1.0 - paleness) * (1.0 - each)) for each in full)
 
