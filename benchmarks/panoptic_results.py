@@ -16,12 +16,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from _runs import ROOT, add_rows, label, started_from, wanted
 from _tables import markdown, with_tables
 from matplotlib.figure import Figure
 from panoptic import CONFIGS, STEPS, measure
 
+import crbp
 from crbp.tasks import PanopticData, load_net, load_trained, save_net
 from crbp.tasks.panoptic import QUALITIES
 from crbp.tasks.weights import build
@@ -29,7 +31,8 @@ from crbp.tasks.weights import build
 Line = dict[str, str]  # of the table of all that was measured
 SHOWN = ("pq", "pq_things", "sq_things", "rq_things", "pq_stuff", "true_box_iou")
 COLUMNS = (
-    "row", "seed", "trained_steps", "parameters", "images", "steps", *QUALITIES, "true_box_iou", "seconds", "commit",
+    "row", "seed", "trained_steps", "parameters", "images", "steps", *QUALITIES, "true_box_iou", "seconds",
+    "saved_mib", "commit",
 )  # fmt: skip
 SHIPPED = "shapes_rfpn_crbp20"  # the row, with seed 0, whose weights are handed on
 METHODS = {
@@ -53,8 +56,22 @@ def collect(run: Path) -> list[dict[str, Any]]:
         "images": source["train"] * config["trainer"]["max_epochs"],
         **{name: made[name] for name in ("seed", "commit")},
         "seconds": round(made["seconds"]),
+        "saved_mib": saved_mib(run / "weights" / "last.safetensors", config),
     }
     return [line | each for each in found["quality"]]
+
+
+def saved_mib(file: Path, config: dict[str, Any]) -> float:
+    """MiB that autograd saves in a training step of a run, on its first batch."""
+    net: Any = load_net(file)
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_(name.startswith(tuple(config["model"]["init_args"]["trained"])))
+    batch = next(iter(build(PanopticData, config["data"], f"the data of {file}").train_dataloader()))
+    torch.manual_seed(0)  # of the boxes that are drawn
+    with crbp.activation_memory(exclude=[*net.train().parameters(), *batch.images]) as memory:
+        losses = net(batch.images, batch.targets)
+    del losses
+    return memory.bytes / 2**20
 
 
 def figure(lines: Iterable[Line]) -> Figure:
@@ -90,11 +107,13 @@ def table(lines: Iterable[Line]) -> str:
         ends = [at_end(curve) for curve in curves]
         shown = [side_by_side(each[quality] for each in ends) for quality in SHOWN]
         last = side_by_side(curve[-1]["pq"] for curve in curves) if ends[0]["steps"] else ""
-        body.append([METHODS[name][0], f"{int(ends[0]['parameters']):,}", *shown, last])
+        spent = ", ".join(f"{float(each['seconds']) / 60:.0f}" for each in ends)
+        parameters, saved = f"{int(ends[0]['parameters']):,}", f"{float(ends[0]['saved_mib']):.1f}"
+        body.append([METHODS[name][0], parameters, saved, spent, *shown, last])
     return markdown(
         (
-            "", "parameters", "PQ at N", "PQ things", "SQ things", "RQ things", "PQ stuff", "IoU in true boxes",
-            f"PQ at {STEPS[-1]} steps",
+            "", "parameters", "MiB", "minutes", "PQ at N", "PQ things", "SQ things", "RQ things", "PQ stuff",
+            "IoU in true boxes", f"PQ at {STEPS[-1]} steps",
         ),
         body,
     )  # fmt: skip

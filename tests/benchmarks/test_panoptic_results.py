@@ -35,6 +35,8 @@ def _line(row: str, seed: int, trained: str, steps: str, pq: float, **changes: s
         "pq_stuff": "0.5",
         "sq_things": "0.75",
         "rq_things": "0.3",
+        "seconds": "150",
+        "saved_mib": "4.56",
         "true_box_iou": "0.6",
     }
     names = {"row": row, "seed": f"{seed}", "trained_steps": trained, "steps": steps, "parameters": "1234567"}
@@ -59,11 +61,10 @@ def test_the_page_has_what_was_measured(script: Any) -> None:
 def test_seeds_stand_side_by_side_at_the_steps_trained_for_and_at_the_last(script: Any) -> None:
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in script.table(LINES).splitlines()[2:]]
     assert rows == [
-        ["Panoptic FPN", "1,234,567", "20.0", "25.0", "75.0", "30.0", "50.0", "60.0", ""],
+        ["Panoptic FPN", "1,234,567", "4.6", "2", "20.0", "25.0", "75.0", "30.0", "50.0", "60.0", ""],
         [
-            "R-FPN, C-RBP, 10 steps", "1,234,567", "30.0, 40.0", "25.0, 25.0", "75.0, 75.0", "30.0, 30.0",
-            "50.0, 50.0", "60.0, 60.0",
-            "35.0, 32.5",
+            "R-FPN, C-RBP, 10 steps", "1,234,567", "4.6", "2, 2", "30.0, 40.0", "25.0, 25.0", "75.0, 75.0",
+            "30.0, 30.0", "50.0, 50.0", "60.0, 60.0", "35.0, 32.5",
         ],
     ]  # fmt: skip
 
