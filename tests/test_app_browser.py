@@ -267,6 +267,7 @@ def test_a_phone_has_no_horizontal_scroll(page: Page) -> None:
 
 def test_the_panoptic_tab(page: Page) -> None:
     page.get_by_role("tab", name="Panoptic segmentation").click()
+    assert page.get_by_text("It knows disc, square,").is_visible()
     page.locator("#segment").click()
     page.wait_for_selector("crbp-frames[data-ready]")
     page.locator("crbp-frames input[type=range]").press("End")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -212,6 +212,7 @@ def _panoptic(panoptic: Panoptic) -> None:
             index = gr.Number(0, minimum=0, precision=0, label="Without a file: validation image number")
             last = gr.Slider(1, 4 * trained, value=2 * trained, step=1, label=f"Last step (trained for N = {trained})")
             start = gr.Button("Segment it", variant="primary", elem_id="segment")
+            gr.Markdown(_known([entry.name for entry in panoptic.categories.entries]), elem_id="known")
         with gr.Column(scale=5, min_width=320):
             player = gr.HTML(_CHOOSE, elem_id="frames", apply_default_css=False)
 
@@ -225,6 +226,12 @@ def _panoptic(panoptic: Panoptic) -> None:
         return _element("crbp-frames", {"trained": trained, "frames": done})
 
     start.click(segment, [file, index, last], player, concurrency_limit=1, api_visibility="private")
+
+
+def _known(names: Sequence[str], most: int = 20) -> str:
+    """What the network was trained to tell: of anything else it makes one of these."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"It knows {html.escape(', '.join(names[:most]))}{more}, and nothing else."
 
 
 def _element(tag: str, data: Any) -> str:
