@@ -290,7 +290,7 @@ def test_a_model_without_steps_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "forward.safetensors"
     described = {"class_path": "crbp.models.FeedForwardNet", "init_args": {"channels": 4, "kernel_size": 3}}
     save_net(FeedForwardNet(channels=4, kernel_size=3).state_dict(), file, Origin(net=described))
-    with pytest.raises(CrbpError, match="FeedForwardNet, which has no steps to follow; give a recurrent model"):
+    with pytest.raises(CrbpError, match="FeedForwardNet; give a recurrent model that traces contours"):
         Models.with_files([("", file)])
 
 

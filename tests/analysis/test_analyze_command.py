@@ -113,7 +113,7 @@ def test_what_cannot_be_analysed_is_named(tmp_path: Path, capsys: pytest.Capture
     shutil.copy(weights(tmp_path / "any.safetensors"), lost)
     cases = {
         tmp_path / "absent.safetensors": "does not exist",
-        weights(tmp_path / "flat.safetensors", FEEDFORWARD): "has no steps to follow",
+        weights(tmp_path / "flat.safetensors", FEEDFORWARD): "is of a FeedForwardNet; give a recurrent model",
         weights(tmp_path / "alone.safetensors", run={}): "choose a task with --preset",
         lost: "config.yaml",
     }

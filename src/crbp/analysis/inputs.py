@@ -64,7 +64,7 @@ def load(file: Path, *, trust: Sequence[str]) -> tuple[PathfinderNet, Origin]:
     """
     net, origin = load_trained(file, trust=trust)
     if not isinstance(net, PathfinderNet):
-        raise CrbpError(f"{file} is of a {type(net).__name__}, which has no steps to follow")
+        raise CrbpError(f"{file} is of a {type(net).__name__}; give a recurrent model that traces contours")
     return net, origin
 
 

@@ -80,7 +80,7 @@ def load_recurrent(file: Path, *, trust: Sequence[str] = ("crbp",)) -> Model:
     """
     net, origin = load_trained(file, trust=trust)
     if not isinstance(net, PathfinderNet):
-        raise CrbpError(f"{file} is of a {type(net).__name__}, which has no steps to follow; give a recurrent model")
+        raise CrbpError(f"{file} is of a {type(net).__name__}; give a recurrent model that traces contours")
     for module in net.modules():
         if isinstance(module, HGRU):
             module.fused = False  # it would be compiled for every size of image
