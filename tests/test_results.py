@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from crbp.tasks import load_net
+from crbp.tasks import PanopticData, load_net, load_trained
+from crbp.tasks.weights import build
 
 FOLDER = Path(__file__).parents[1] / "results" / "pathfinder"
 ROWS = {row["row"]: row for row in csv.DictReader((FOLDER / "table.csv").read_text(encoding="utf-8").splitlines())}
@@ -31,3 +32,19 @@ def test_shipped_weights_trace_an_image(name: str) -> None:
         logits = net(torch.zeros(1, 1, 48, 48)).logits
     assert logits.shape == (1, 2, 48, 48)
     assert bool(logits.isfinite().all())
+
+
+def test_shipped_panoptic_weights_segment_an_image() -> None:
+    folder = FOLDER.parent / "panoptic"
+    (file,) = (folder / "weights").glob("*.safetensors")
+    rows = csv.DictReader((folder / "table.csv").read_text(encoding="utf-8").splitlines())
+    row = next(row for row in rows if row["row"] == file.stem)
+    net, origin = load_trained(file)
+    assert b"save_dir" not in file.read_bytes()
+    assert origin.run["model"]["init_args"]["weights"].startswith("runs/")  # nothing of the machine either
+    assert sum(parameter.numel() for parameter in net.parameters()) == int(row["parameters"])
+    data = build(PanopticData, origin.run["data"], "the data")
+    image, _ = data.source.split("val", data.resize)[0]
+    (seen,) = net([image])
+    assert seen.panoptic.shape == (128, 128)
+    assert sum(segment["isthing"] for segment in seen.segments) >= 3  # there are six
