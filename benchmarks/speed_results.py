@@ -16,10 +16,11 @@ from _runs import ROOT
 from _tables import markdown, with_tables
 
 Numbers = dict[str, Any]
-FILES = ("bench", "memory", "memory_crbp", "solvers")
+FILES = ("bench", "memory", "solvers")
 STEPS = (5, 20, 100, 500)
 PRODUCTS = (1, 5, 9, 13, 17, 21, 29, 37)
 METHODS = {
+    "C-RBP": "**C-RBP**",
     "BPTT": "BPTT", "CheckpointedBPTT": "checkpointed BPTT", "TruncatedBPTT": "truncated BPTT, 5 steps", "RBP": "RBP",
     "OneStep": "one step", "Phantom": "phantom, 5 steps",
 }  # fmt: skip
@@ -31,7 +32,7 @@ def tables(parts: dict[str, Numbers]) -> dict[str, str]:
     """The tables of the page by name, from the parts by the name of their file."""
     return {
         "kernels": kernels(parts["bench"]["kernels"]),
-        "memory": memory(parts["memory"]["memory"], parts["memory_crbp"]["memory"]),
+        "memory": memory(parts["memory"]["memory"]),
         "solvers": solvers(parts["solvers"]["solvers"]),
         "scaling": scaling(parts["bench"]["scaling"]),
     }
@@ -47,16 +48,11 @@ def kernels(part: Numbers) -> str:
     return markdown(("kernel", "N", "crbp", "textbook", "ratio", "wanted"), body)
 
 
-def memory(part: Numbers, of_one_thread: Numbers) -> str:
-    """MiB that autograd saves, by method and number of steps; C-RBP as measured last, with one thread."""
-    rows = {title: part["methods"][name] for name, title in METHODS.items()}
-    rows |= {
-        "**C-RBP**, with one thread": of_one_thread["methods"]["C-RBP"],
-        "RBP, with one thread": of_one_thread["methods"]["RBP"],
-    }
+def memory(part: Numbers) -> str:
+    """MiB that autograd saves, by method and number of steps."""
     body = []
-    for title, found in rows.items():
-        saved = {row["steps"]: row["saved_bytes"] / 2**20 for row in found["rows"]}
+    for name, title in METHODS.items():
+        saved = {row["steps"]: row["saved_bytes"] / 2**20 for row in part["methods"][name]["rows"]}
         body.append([title, *(_three(saved[steps]) for steps in STEPS)])
     return markdown(("N", *map(str, STEPS)), body)
 
