@@ -116,21 +116,11 @@ class PanopticTask(ResumableModule):
                 raise ValueError(f"steps={steps} needs a recurrent mask head; {type(net).__name__} has none")
         if without and weights is None:
             raise ValueError(f"without={list(without)} leaves out of weights, and there are none to start from")
-        if isinstance(trained, str):
-            raise TypeError(f"trained must be a list of beginnings of names, not the text {trained!r}")
-        trainable = [name for name, parameter in net.named_parameters() if parameter.requires_grad]
-        for start in trained:
-            if not any(name.startswith(start) for name in trainable):
-                parts = ", ".join(sorted({f"{name.split('.', 1)[0]}." for name in trainable}))
-                raise ValueError(f"trained: nothing to train has a name that begins with {start!r}; parts are {parts}")
-        if trained and (idle := [start for start in without if not start.startswith(tuple(trained))]):
-            raise ValueError(f"without={idle} is neither taken from weights nor trained; add it to trained")
+        if trained:
+            _train_only(net, trained, without)
         self.save_hyperparameters(ignore=["net"])
         self.net = net
         self.trained = tuple(trained)
-        for name, parameter in net.named_parameters():
-            if self.trained and not name.startswith(self.trained):
-                parameter.requires_grad_(False)
         self.optimizer, self.learning_rate, self.reference_batch = optimizer, learning_rate, reference_batch
         self.momentum, self.weight_decay = momentum, weight_decay
         self.warmup_steps, self.milestones = warmup_steps, tuple(milestones)
@@ -336,6 +326,26 @@ class PanopticTask(ResumableModule):
         for name, value in values.items():
             # All processes hold the same value already; synchronised once more only because Lightning asks for it.
             self.log(f"{stage}/{name}", value, prog_bar=name == "pq", sync_dist=True)
+
+
+def _train_only(net: nn.Module, trained: Sequence[str], without: Sequence[str]) -> None:
+    """Freeze all parameters but those whose names begin so.
+
+    Raises:
+        TypeError: if ``trained`` is one text.
+        ValueError: if there is nothing to train of such a name, or what is ``without`` weights would not be trained.
+    """
+    if isinstance(trained, str):
+        raise TypeError(f"trained must be a list of beginnings of names, not the text {trained!r}")
+    free = {name: parameter for name, parameter in net.named_parameters() if parameter.requires_grad}
+    for start in trained:
+        if not any(name.startswith(start) for name in free):
+            parts = ", ".join(sorted({f"{name.split('.', 1)[0]}." for name in free}))
+            raise ValueError(f"trained: nothing to train has a name that begins with {start!r}; parts are {parts}")
+    if idle := [start for start in without if not start.startswith(tuple(trained))]:
+        raise ValueError(f"without={idle} is neither taken from weights nor trained; add it to trained")
+    for name, parameter in free.items():
+        parameter.requires_grad_(name.startswith(tuple(trained)))
 
 
 def _source(named: str) -> str | PanopticFPN:
