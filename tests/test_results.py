@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from crbp._card import written_card
 from crbp.tasks import PanopticData, load_net, load_trained
 from crbp.tasks.weights import build
 
@@ -38,8 +39,9 @@ def test_shipped_panoptic_weights_segment_an_image() -> None:
     folder = FOLDER.parent / "panoptic"
     (file,) = (folder / "weights").glob("*.safetensors")
     rows = csv.DictReader((folder / "table.csv").read_text(encoding="utf-8").splitlines())
-    row = next(row for row in rows if row["row"] == file.stem)
+    row = next(row for row in rows if row["row"] == file.stem and row["steps"] == row["trained_steps"])
     net, origin = load_trained(file)
+    assert f"| pq | {row['pq']} |" in written_card(file, net, origin, numbers={}, licence="mit")  # at its own steps
     assert b"save_dir" not in file.read_bytes()
     assert origin.run["model"]["init_args"]["weights"].startswith("runs/")  # nothing of the machine either
     assert sum(parameter.numel() for parameter in net.parameters()) == int(row["parameters"])
