@@ -11,7 +11,8 @@ from types import ModuleType
 
 import pytest
 
-PAGES = Path(__file__).parents[1] / "docs" / "api"
+ROOT = Path(__file__).parents[1]
+PAGES = ROOT / "docs" / "api"
 MODULES = {
     "crbp": "core",
     "crbp.cells": "models",
@@ -47,3 +48,16 @@ def test_badges_state_what_is_so(load_script: Callable[[str], ModuleType]) -> No
     assert script.stated()["tested with Python"] == " | ".join(named)
     front = (script.ROOT / "README.md").read_text(encoding="utf-8")
     assert set(re.findall(r"docs/images/(badge_\w+\.svg)", front)) == set(drawn)
+
+
+def test_the_page_of_a_package_index_points_at_nothing_that_it_lacks() -> None:
+    hook = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["hatch"]["metadata"]["hooks"]
+    (fragment,) = hook["fancy-pypi-readme"]["fragments"]
+    front = page = (ROOT / fragment["path"]).read_text(encoding="utf-8")
+    for each in hook["fancy-pypi-readme"]["substitutions"]:
+        page = re.sub(each["pattern"], each["replacement"], page)
+    assert all(link.startswith("https://") for link in re.findall(r"\]\((.*?)\)", page))
+    assert "![" not in page
+    assert len(page) < len(front)
+    heading = re.compile("^#+ .*$", re.MULTILINE)
+    assert heading.findall(page) == heading.findall(front)
