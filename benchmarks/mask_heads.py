@@ -1,0 +1,201 @@
+"""How deep a mask head has to be: heads trained alone, on the same crops, from no convolution to eight.
+
+    python benchmarks/mask_heads.py --weights runs/start_shapes/version_0/weights/last.safetensors --seeds 0 1
+
+What a trained Panoptic FPN pools from generated shapes is kept, in boxes that are moved a little from the true ones,
+and each head learns the masks from it: every head sees the same crops in the same order. Where more convolutions do
+not help, more steps of a recurrent head cannot be expected to. Results are written after each head; heads that are in
+the file already are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from _runs import ROOT
+from panoptic import iou
+from torch import Tensor
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
+
+import crbp
+from crbp.bench.measure import environment
+from crbp.data.panoptic import Shapes
+from crbp.models import PanopticFPN
+from crbp.models.panoptic.mask_head import (
+    MaskFeatures,
+    MaskHead,
+    MaskPredictor,
+    RecurrentMaskHead,
+    mask_loss,
+    mask_targets,
+)
+from crbp.tasks import LipschitzPenalty, load_net
+
+CHANNELS, THINGS = 64, 10
+IMAGES = {"train": 2000, "val": 200}
+BATCH, RATE = 16, 0.003
+MOVED = 0.1  # standard deviation of the corners of boxes trained in, in sides of the box
+LEAST = 4.0  # pixels: sides of boxes trained in
+PENALTY = LipschitzPenalty(weight=0.001, bound=0.95, reduction="sum_square")  # as in configs/panoptic/shapes_*
+
+
+class Convolutions(MaskRCNNHeads, MaskHead):
+    """So many 3×3 convolutions with ReLU."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__(CHANNELS, [CHANNELS] * depth, 1)
+
+    def forward(self, pooled: Tensor) -> MaskFeatures:
+        """``(n, C, s, s)`` to features of the same size."""
+        return MaskFeatures(MaskRCNNHeads.forward(self, pooled))
+
+
+def recurrent(steps: int, gradient: crbp.GradientMethod, norm_scale: float = 0.1) -> RecurrentMaskHead:
+    """The head of R-FPN, with the scales of its group norms starting at ``norm_scale``."""
+    head = RecurrentMaskHead(CHANNELS, crbp.Evolve(steps=steps, gradient=gradient))
+    for norm in (head.cell.inhibition_norm, head.cell.excitation_norm):
+        torch.nn.init.constant_(norm.weight, norm_scale)
+    return head
+
+
+def rbp() -> crbp.RBP:
+    """The gradient of `configs/panoptic/shapes_rfpn_crbp10.yaml`."""
+    return crbp.RBP(crbp.Neumann(terms=15, tolerance=0.01), on_divergence="fallback")
+
+
+HEADS: dict[str, Callable[[], MaskHead]] = {
+    "no convolution": lambda: Convolutions(0),
+    "1 convolution": lambda: Convolutions(1),
+    "2 convolutions": lambda: Convolutions(2),
+    "4 convolutions (Panoptic FPN)": lambda: Convolutions(4),
+    "8 convolutions": lambda: Convolutions(8),
+    "R-FPN, BPTT, 1 step": lambda: recurrent(1, crbp.BPTT()),
+    "R-FPN, BPTT, 3 steps": lambda: recurrent(3, crbp.BPTT()),
+    "R-FPN, C-RBP, 10 steps": lambda: recurrent(10, rbp()),
+    "R-FPN, C-RBP, 10 steps, scales start at 1": lambda: recurrent(10, rbp(), norm_scale=1.0),
+    "R-FPN, BPTT, 10 steps, scales start at 1": lambda: recurrent(10, crbp.BPTT(), norm_scale=1.0),
+}
+
+
+@dataclass(frozen=True)
+class Crops:
+    """What is pooled in boxes, ``(n, C, s, s)``, the masks there, ``(n, m, m)`` of bool, and the classes, ``(n,)``."""
+
+    pooled: Tensor
+    masks: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, chosen: Any) -> Crops:
+        return Crops(self.pooled[chosen], self.masks[chosen], self.labels[chosen])
+
+
+@torch.no_grad()
+def crops(net: PanopticFPN, split: str) -> Crops:
+    """What a network pools in the boxes of a split, true ones for ``"val"``, moved a little for ``"train"``."""
+    data = Shapes(128, objects=(3, 7), looks="coloured", zoom=1.6, seed=1, split=split, images=IMAGES[split])
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for index in range(len(data)):
+        image, target = data[index]
+        boxes, every = target["boxes"], torch.arange(len(target["boxes"]))
+        if split == "train":
+            sides = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
+            boxes = (boxes + MOVED * sides * torch.randn(boxes.shape, generator=generator)).clamp(0, data.size)
+            every = every[(boxes[:, 2:] - boxes[:, :2]).amin(1) > LEAST]
+        if len(every) == 0:
+            continue
+        features = net.backbone(net.batch([image]).tensors)
+        pooled = net.roi_heads.mask_roi_pool(features, [boxes[every]])
+        masks = mask_targets(target["masks"], boxes[every], every, 2 * pooled.shape[-1])
+        found.append((pooled, masks, target["labels"][every]))
+    pooled, masks, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return Crops(pooled, masks, labels)
+
+
+def train(build: Callable[[], MaskHead], seen: Crops, updates: int, seed: int) -> tuple[MaskHead, MaskPredictor, float]:
+    """Train one head and its predictor; the mean loss of the last tenth of the updates comes with them."""
+    torch.manual_seed(seed)
+    head, predictor = build(), MaskPredictor(CHANNELS, THINGS)
+    parameters = [*head.parameters(), *predictor.parameters()]
+    optimizer = torch.optim.AdamW(parameters, RATE)
+    rate = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda update: min(1.0, (update + 1) / 100) * 0.1 ** ((update >= 0.6 * updates) + (update >= 0.9 * updates)),
+    )
+    generator, losses = torch.Generator().manual_seed(seed), []
+    for _ in range(updates):
+        batch = seen[torch.randint(len(seen), (BATCH,), generator=generator)]
+        features, run, _ = head(batch.pooled)
+        loss = total = mask_loss(predictor(features), batch.labels, batch.masks)
+        if isinstance(head, RecurrentMaskHead) and isinstance(head.evolve.gradient, crbp.RBP):
+            total = loss + PENALTY.weight * PENALTY(run)
+        optimizer.zero_grad()
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 5.0)
+        optimizer.step()
+        rate.step()
+        losses.append(loss.item())
+    return head.eval(), predictor, sum(losses[-updates // 10 :]) / len(losses[-updates // 10 :])
+
+
+@torch.no_grad()
+def overlap(head: MaskHead, predictor: MaskPredictor, held_out: Crops) -> float:
+    """Mean intersection over union of the masks, in percent."""
+    found = []
+    for rows in torch.arange(len(held_out)).split(64):
+        part = held_out[rows]
+        logits = predictor(head(part.pooled).features)[torch.arange(len(rows)), part.labels]
+        found.append(iou(logits > 0, part.masks))
+    return 100 * float(torch.cat(found).mean())
+
+
+def main() -> None:
+    """Train and measure the heads that the file lacks, and write it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", type=Path, required=True, help="of the Panoptic FPN that crops are pooled by")
+    parser.add_argument("--updates", type=int, default=1000)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "panoptic" / "mask_heads.json")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    net: Any = load_net(options.weights).eval()
+    seen, held_out = crops(net, "train"), crops(net, "val")
+    rows: list[dict[str, Any]] = json.loads(options.out.read_text()) if options.out.exists() else []
+    for name, build in HEADS.items():
+        for seed in options.seeds:
+            if any((row["head"], row["seed"], row["updates"]) == (name, seed, options.updates) for row in rows):
+                continue
+            start = time.process_time()
+            head, predictor, loss = train(build, seen, options.updates, seed)
+            rows.append(
+                {
+                    "head": name,
+                    "seed": seed,
+                    "updates": options.updates,
+                    "parameters": sum(parameter.numel() for parameter in head.parameters()),
+                    "loss": round(loss, 4),
+                    "iou": round(overlap(head, predictor, held_out), 2),
+                    "seconds": round(time.process_time() - start),
+                    **environment(),
+                }
+            )
+            options.out.write_text(json.dumps(rows, indent=2) + "\n")
+            print(
+                *(rows[-1][key] for key in ("head", "seed", "parameters", "loss", "iou", "seconds")),
+                sep=" | ",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
