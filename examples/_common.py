@@ -31,6 +31,7 @@ class Settings:
         batch: instances of one update.
         tested: instances of each test.
         weight: of the penalties of C-RBP.
+        terms: of the Neumann series of C-RBP, at most.
         seed: of weights and data.
     """
 
@@ -43,6 +44,7 @@ class Settings:
     batch: int = 32
     tested: int = 256
     weight: float = 1.0
+    terms: int = 15
     seed: int = 0
 
 
@@ -123,7 +125,7 @@ def measure(build: Callable[[], nn.Module], draw: Draw, settings: Settings, *, c
     """Train by C-RBP (``contract``) or by BPTT, from the same weights on the same batches, and measure."""
     torch.manual_seed(settings.seed)
     net = build()
-    gradient = crbp.RBP(crbp.Neumann(terms=15), on_divergence="fallback") if contract else crbp.BPTT()
+    gradient = crbp.RBP(crbp.Neumann(terms=settings.terms), on_divergence="fallback") if contract else crbp.BPTT()
     evolve = crbp.Evolve(steps=settings.steps, gradient=gradient)
     weight = settings.weight if contract else 0.0
     start = time.process_time()
