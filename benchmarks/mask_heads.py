@@ -20,7 +20,9 @@ from typing import Any
 
 import torch
 from _runs import ROOT
+from _tables import with_tables
 from panoptic import iou
+from panoptic_results import tables
 from torch import Tensor
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
 
@@ -195,6 +197,8 @@ def main() -> None:
                 sep=" | ",
                 flush=True,
             )
+    if (page := options.out.with_name("README.md")).exists():
+        page.write_text(with_tables(page.read_text(), tables(options.out.parent)))
 
 
 if __name__ == "__main__":

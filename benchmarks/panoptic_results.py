@@ -119,6 +119,31 @@ def table(lines: Iterable[Line]) -> str:
     )  # fmt: skip
 
 
+def heads_table(rows: Iterable[dict[str, Any]]) -> str:
+    """A row for each mask head that was trained alone, the values of its seeds side by side; see `mask_heads.py`."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(row["head"], []).append(row)
+    body = [
+        [
+            name,
+            f"{seeds[0]['parameters']:,}",
+            *(", ".join(f"{row[key]:{form}}" for row in seeds) for key, form in (("loss", ".3f"), ("iou", ".1f"))),
+            ", ".join(f"{row['seconds'] / 60:.0f}" for row in seeds),
+        ]
+        for name, seeds in found.items()
+    ]
+    return markdown(("mask head", "parameters", "loss", "IoU", "minutes"), body)
+
+
+def tables(folder: Path) -> dict[str, str]:
+    """The tables of the page in a folder, from the files beside it."""
+    return {
+        "shapes": table(read(folder / "table.csv")),
+        "heads": heads_table(json.loads((folder / "mask_heads.json").read_text())),
+    }
+
+
 def runs(lines: Iterable[Line]) -> list[list[Line]]:
     """The lines of each run, by rising number of steps."""
     found: dict[tuple[str, str], list[Line]] = {}
@@ -180,7 +205,7 @@ def main() -> None:
         writer.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in line.items()} for line in lines)
     written, page = read(options.out / "table.csv"), options.out / "README.md"
     figure(written).savefig(options.out / "steps.png", dpi=140)
-    page.write_text(with_tables(page.read_text(), {"shapes": table(written)}))
+    page.write_text(with_tables(page.read_text(), tables(options.out)))
     for run in folders:
         if run.parent.name == SHIPPED and (run / "made.json").exists():
             hand_on(run, options.out / "weights" / f"{SHIPPED}.safetensors")

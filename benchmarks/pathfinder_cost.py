@@ -3,9 +3,10 @@
     python benchmarks/pathfinder_cost.py 'pf*' --batch 1 --out results/pathfinder/paper_cost.csv
 
 Every step is that of the row's own configuration and images at their full size; only the number of images in a batch
-is another, and numbers of steps are not drawn: all are of N. The arithmetic is counted, not timed: that of the
-convolutions, done directly, on an image of 16×16, and it grows with the pixels. `gpu_hours` is no measurement: it is
-the arithmetic of the whole run at the rate of ``--gpu-tflops``.
+is another, and in what is timed numbers of steps are not drawn: all are of N. The arithmetic is counted, not timed:
+that of the convolutions, done directly, on an image of 16×16, and it grows with the pixels; where a row draws its
+numbers of steps it is the mean over its training. `gpu_hours` is no measurement: it is the arithmetic of the whole run
+at the rate of ``--gpu-tflops``.
 """
 
 from __future__ import annotations
@@ -118,14 +119,37 @@ def measure(name: str, *, batch: int, steps: int, gpu_tflops: float) -> dict[str
 
 
 def arithmetic(task: ContourTask) -> float:
-    """Floating-point operations of the convolutions in a training step on one image of 16×16."""
+    """Floating-point operations of the convolutions in a training step on one image of 16×16, the mean of a training.
+
+    All penalties of the task are counted. Every step of recurrence costs the same, so that of the steps that are drawn
+    only their mean matters.
+    """
     for module in task.net.modules():
         if hasattr(module, "method"):
             module.method = "direct"
         if hasattr(module, "fused"):
             module.fused = False
-    image, mask = torch.rand(1, 1, COUNTED, COUNTED), torch.zeros(1, COUNTED, COUNTED, dtype=torch.bool)
     asked = {"every_step": True} if task.supervision == "all" else {}
+    at_n = _counted(task, **asked)
+    if not task.step_jitter:
+        return at_n
+    evolve = task.net.evolve
+    assert isinstance(evolve, crbp.Evolve)  # the task has seen that
+    return at_n + drawn(task.step_jitter) * (_counted(task, **asked, steps=evolve.steps + 1) - at_n)
+
+
+def drawn(step_jitter: int) -> float:
+    """Steps beyond N of a training step, the mean over a training of many steps.
+
+    Where the task draws ``max(0, U{-r … r})`` they are ``r (r + 1) / (2 (2 r + 1))`` on average, and the r of all
+    optimiser steps are 0 to ``step_jitter``, the two at the ends half as often as the others.
+    """
+    means = [reach * (reach + 1) / (2 * (2 * reach + 1)) for reach in range(step_jitter + 1)]
+    return (sum(means) - means[-1] / 2) / step_jitter
+
+
+def _counted(task: ContourTask, **asked: Any) -> float:
+    image, mask = torch.rand(1, 1, COUNTED, COUNTED), torch.zeros(1, COUNTED, COUNTED, dtype=torch.bool)
     with Arithmetic() as counted:
         prediction = task.net(image, **asked)
         loss = focal_loss(prediction.logits, mask)
@@ -133,6 +157,8 @@ def arithmetic(task: ContourTask) -> float:
             loss = loss + task.penalty(prediction.run)
         if task.residual_weight:
             loss = loss + crbp.residual_penalty(prediction.run)
+        if task.spectral_weight:
+            loss = loss + crbp.spectral_penalty(prediction.run)
         loss.backward()
     return counted.flop
 

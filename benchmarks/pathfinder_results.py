@@ -4,7 +4,8 @@
 
 Reads the runs of `pathfinder.py`; rows that are not finished are left out. What is known of each row is kept in
 ``rows/NAME.json`` and its weights beside that, so that rows may be trained on several machines, one after the other:
-table, curves, figures and the tables in ``README.md`` are those of all rows that are kept.
+table, curves, figures and the tables in ``README.md`` are those of all rows that are kept. The memory of a training
+step is counted anew for all of them, each time, so that all rows have it of the code at hand.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import shutil
 import statistics
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,9 @@ from matplotlib.lines import Line2D
 from pathfinder import CONFIGS, TASKS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from crbp import DivergenceWarning
-from crbp.analysis import memory_curve
+from crbp import DivergenceWarning, activation_memory
+from crbp.analysis.inputs import load, unfused
+from crbp.analysis.measured import penalty_of
 from crbp.data.pathfinder import PathfinderConfig
 from crbp.models import FeedForwardNet, PathfinderNet
 from crbp.tasks import load_net
@@ -93,7 +95,8 @@ def line_of(run: Path) -> Line:
     _, cell, *rest = run.parent.name.removesuffix(f"_seed{made['seed']}").split("_")
     if cell == "feedforward":
         cell, rest = "", [cell, *rest]
-    loaded = load_net(run / "weights" / "last.safetensors")
+    weights = run / "weights" / "last.safetensors"
+    loaded = load_net(weights)
     f1 = curve(run, "val/f1")
     line: Line = {
         "row": run.parent.name,
@@ -116,7 +119,7 @@ def line_of(run: Path) -> Line:
     assert isinstance(loaded, PathfinderNet)
     found = analysis(run)
     line |= {
-        "saved_mib": saved(loaded, PathfinderConfig.preset(task).image_size) / 2**20,
+        "saved_mib": saved(weights, task) / 2**20,
         "f1_at_n": found["f1_at_n"],
         "f1_at_4n": found["f1_at_end"],
         "f1_best": found["f1_best"],
@@ -135,13 +138,19 @@ def analysis(run: Path) -> dict[str, Any]:
     return found
 
 
-def saved(net: PathfinderNet, size: int) -> int:
-    """Bytes that autograd saves for one training image, without a penalty's."""
-    net.evolve = replace(net.evolve, on_divergence="warn")
-    with warnings.catch_warnings():
+def saved(weights: Path, task: str) -> int:
+    """Bytes that autograd saves for one training image of N steps, all penalties of the row counted, unfused."""
+    net, origin = load(weights, trust=("crbp",))
+    net, penalty = unfused(net), penalty_of(weights, origin, trust=("crbp",))
+    size = PathfinderConfig.preset(task).image_size
+    image = torch.zeros(1, 1, size, size)
+    every_step = origin.run["model"]["init_args"].get("supervision") == "all"
+    with warnings.catch_warnings(), activation_memory(exclude=[*net.parameters(), image]) as memory:
         warnings.simplefilter("ignore", DivergenceWarning)
-        image = torch.zeros(1, 1, size, size)
-        return memory_curve(net, image, gradient=net.evolve.gradient, steps=(net.evolve.steps,))[0]
+        prediction = net(image, every_step=every_step)
+        if penalty is not None:
+            penalty(prediction.run)
+    return memory.bytes
 
 
 def curve(run: Path, tag: str) -> Curve:
@@ -169,10 +178,23 @@ def keep(runs: Iterable[Path], out: Path) -> None:
         kept = out / "rows" / f"{name}.json"
         if kept.exists() and (before := json.loads(kept.read_text())["line"]["commit"]) != row.line["commit"]:
             print(f"{name} of {row.line['commit']} takes the place of that of {before}")
-        kept.write_text(json.dumps(rounded(asdict(row)), separators=(",", ":")) + "\n")
+        _write_row(kept, asdict(row))
         shutil.copyfile(run / "weights" / "last.safetensors", out / "weights" / f"{name}.safetensors")
         if _of_middle_task(row) and row.line["method"] in ("crbp", "bptt"):
             shutil.copyfile(run / "analysis" / "state_space.png", out / f"states_{row.line['method']}.png")
+
+
+def recount(out: Path) -> None:
+    """Count the memory of every row that is kept anew; of a feed-forward net none is counted."""
+    for file in sorted((out / "rows").glob("*.json")):
+        row = json.loads(file.read_text())
+        if (line := row["line"])["cell"]:
+            line["saved_mib"] = saved(out / "weights" / f"{file.stem}.safetensors", line["task"]) / 2**20
+            _write_row(file, row)
+
+
+def _write_row(file: Path, row: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(rounded(row), separators=(",", ":")) + "\n")
 
 
 def write(out: Path) -> None:
@@ -410,7 +432,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "pathfinder")
     options = parser.parse_args()
     runs = (options.runs.resolve() / label(*row) / "version_0" for row in wanted(CONFIGS, options))
+    torch.set_num_threads(1)  # the plane of a convolution by FFT, and with it the memory, goes by the threads
     keep(runs, options.out)
+    recount(options.out)
     write(options.out)
 
 

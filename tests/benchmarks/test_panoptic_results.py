@@ -55,7 +55,7 @@ LINES = [
 
 def test_the_page_has_what_was_measured(script: Any) -> None:
     page = (FOLDER / "README.md").read_text()
-    assert script.with_tables(page, {"shapes": script.table(script.read(FOLDER / "table.csv"))}) == page
+    assert script.with_tables(page, script.tables(FOLDER)) == page
 
 
 def test_seeds_stand_side_by_side_at_the_steps_trained_for_and_at_the_last(script: Any) -> None:
