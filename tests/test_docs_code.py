@@ -38,7 +38,12 @@ from crbp.tasks import command_line
 from hub_server import reached
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+OTHERS = ("README.md", "CONTRIBUTING.md", "examples/README.md")
+PAGES = [
+    *(ROOT / name for name in OTHERS),
+    *sorted((ROOT / "results").glob("*/README.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 BLOCK = re.compile(r"^```(?P<kind>\w+)(?P<info>[^\n]*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 MARK = re.compile(r"<!-- test: (?P<word>\w+)(?P<rest>(?:(?!-->).)*)-->\s*\Z", re.DOTALL)
 TITLE = re.compile(r'title="([^"]+)"')
@@ -46,6 +51,7 @@ SKIPPED: set[tuple[str, int]] = set()  # pages and the places of the blocks in t
 
 # What stands in a line beside crbp; `python` is looked at further.
 OTHER_COMMANDS = {"pip", "uv", "pytest", "cd", "export", "python", "tensorboard", "sbatch", "sha256sum", "torchrun"}
+OTHER_COMMANDS |= {"mkdocs", ".ci/run"}  # those of contributors
 LAUNCHERS = ("configs/launch/slurm.sh", "configs/launch/torchrun.sh")
 PLACEHOLDER = {"--config": "configs/panoptic/mini_rfpn_crbp10.yaml"}  # of `--config …`
 
@@ -89,6 +95,10 @@ class Block:
         )
 
 
+def named(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix().removeprefix("docs/")
+
+
 def blocks(page: Path) -> list[Block]:
     text, found, end, before = page.read_text(encoding="utf-8"), [], 0, ""
     for place, match in enumerate(BLOCK.finditer(text)):
@@ -96,7 +106,7 @@ def blocks(page: Path) -> list[Block]:
         mark, title = MARK.search(between), TITLE.search(match["info"])
         found.append(
             Block(
-                page=page.name,
+                page=named(page),
                 place=place,
                 line=text.count("\n", 0, match.start()) + 1,
                 kind=match["kind"],
@@ -111,7 +121,7 @@ def blocks(page: Path) -> list[Block]:
     return found
 
 
-BLOCKS = {page.name: blocks(page) for page in PAGES}
+BLOCKS = {named(page): blocks(page) for page in PAGES}
 WITH_PYTHON = [name for name, found in BLOCKS.items() if any(each.kind == "python" for each in found)]
 
 
@@ -157,7 +167,7 @@ def test_marks_are_known_words() -> None:
 def test_fences_are_closed() -> None:
     for page in PAGES:
         fences = re.findall(r"^```", page.read_text(encoding="utf-8"), re.MULTILINE)
-        assert len(fences) == 2 * len(BLOCKS[page.name]), page.name
+        assert len(fences) == 2 * len(BLOCKS[named(page)]), page
 
 
 # --- Python -----------------------------------------------------------------------------------------------------------

@@ -62,9 +62,10 @@ class Parser(argparse.ArgumentParser):
 def told_examples(prog: str) -> str:
     """The end of a command's help."""
     found = EXAMPLES.get(prog, ())
-    return (
-        "".join([f"\nexample{'s' if len(found) > 1 else ''}:\n", *(f"  {each}\n" for each in found)]) if found else ""
-    )
+    if not found:
+        return ""
+    where = " (in the folder of the project, where configs/ is)" if any("configs/" in each for each in found) else ""
+    return "".join([f"\nexample{'s' if len(found) > 1 else ''}{where}:\n", *(f"  {each}\n" for each in found)])
 
 
 def reserve(folder: Path, files: list[Path]) -> None:

@@ -10,9 +10,14 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
-from crbp.tasks import load_net
+import crbp
+from crbp.analysis import memory_curve
+from crbp.models import PathfinderNet
+from crbp.tasks import Origin, load_net, save_net
+from crbp.tasks.weights import build
 
 
 @pytest.fixture
@@ -80,6 +85,52 @@ def test_rows_trained_elsewhere_stay_in_the_table(results: Any, tmp_path: Path) 
     lines = list(csv.DictReader((tmp_path / "table.csv").read_text().splitlines()))
     assert [line["seed"] for line in lines] == ["0", "1"]
     assert lines[0]["f1_at_n"] == f"{json.loads(kept)['line']['f1_at_n']:.4g}"
+
+
+def weights(folder: Path, name: str, gradient: str, **task: Any) -> Path:
+    cell = {"class_path": "crbp.cells.HGRU", "init_args": {"channels": 2, "kernel_size": 3}}
+    evolve = {"steps": 3, "gradient": {"class_path": gradient}}
+    net = {"class_path": "crbp.models.PathfinderNet", "init_args": {"cell": cell, "evolve": evolve}}
+    made = build(torch.nn.Module, net, "the test's net")
+    run = {"model": {"class_path": "crbp.tasks.ContourTask", "init_args": task}}
+    folder.mkdir(exist_ok=True)
+    save_net(made.state_dict(), folder / f"{name}.safetensors", Origin(net=net, run=run, name=name))
+    return folder / f"{name}.safetensors"
+
+
+def test_memory_is_that_of_the_penalties_trained_with(results: Any, tmp_path: Path) -> None:
+    lipschitz = {"class_path": "crbp.tasks.LipschitzPenalty", "init_args": {"weight": 5.0}}
+
+    def sums(run: crbp.Run) -> torch.Tensor:
+        penalties = crbp.lipschitz_penalty(run, reduction="mean_square"), crbp.spectral_penalty(run)
+        return torch.stack([5 * penalties[0], 0.2 * penalties[1]]).sum()
+
+    none = {"residual_weight": 0.0, "spectral_weight": 0.2}
+    file = weights(tmp_path, "two", "crbp.RBP", penalty=lipschitz, **none)
+    net, image = load_net(file), torch.rand(1, 1, 32, 32)
+    assert isinstance(net, PathfinderNet)
+    assert results.PathfinderConfig.preset("mini").image_size == 32
+    (wanted,) = memory_curve(net, image, gradient=crbp.RBP(), steps=(3,), penalty=sums)
+    assert results.saved(file, "mini") == wanted
+    (plain,) = memory_curve(net, image, gradient=crbp.RBP(), steps=(3,))
+    assert results.saved(weights(tmp_path, "rbp", "crbp.RBP", penalty=None), "mini") == plain < wanted
+    last = results.saved(weights(tmp_path, "last", "crbp.BPTT", supervision="last"), "mini")
+    assert results.saved(weights(tmp_path, "all", "crbp.BPTT", supervision="all"), "mini") > last
+
+
+def test_memory_is_counted_anew_and_nothing_else_changed(results: Any, tmp_path: Path) -> None:
+    kept = results.ROOT / "results" / "pathfinder" / "rows"
+    (tmp_path / "rows").mkdir()
+    before = {}
+    for name in ("small9_hgru_crbp", "small9_feedforward"):
+        before[name] = json.loads((kept / f"{name}.json").read_text())
+        before[name]["line"]["task"] = "mini"
+        (tmp_path / "rows" / f"{name}.json").write_text(json.dumps(before[name]))
+    file = weights(tmp_path / "weights", "small9_hgru_crbp", "crbp.RBP", penalty=None)
+    results.recount(tmp_path)
+    after = {name: json.loads((tmp_path / "rows" / f"{name}.json").read_text()) for name in before}
+    before["small9_hgru_crbp"]["line"]["saved_mib"] = float(f"{results.saved(file, 'mini') / 2**20:.5g}")
+    assert after == before
 
 
 def test_without_rows_there_is_no_table(results: Any, tmp_path: Path) -> None:

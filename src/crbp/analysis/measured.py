@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import crbp
+from crbp._checks import non_negative
 from crbp._files import write_whole
 from crbp._logs import Curve, scalars
 from crbp.analysis.inputs import parameters, unfused
@@ -23,7 +24,7 @@ from crbp.analysis.trajectory import Trajectory, follow, late_radius, penalty_cu
 from crbp.models import PathfinderNet
 from crbp.tasks import Origin
 from crbp.tasks.penalties import Penalty
-from crbp.tasks.weights import build
+from crbp.tasks.weights import WeightsError, build
 
 SHOWN = 6  # images in the figures
 PENALISED = 16  # images of the penalty: it is a mean over a hundred thousand units of each
@@ -38,7 +39,7 @@ class Memory:
         gradient: name of the model's own gradient method.
         own: bytes with that, for each number of steps.
         bptt: with `crbp.BPTT`.
-        penalty: name of the penalty that is counted in both; empty for none.
+        penalty: names of the penalties that are counted in both; empty for none.
     """
 
     steps: tuple[int, ...]
@@ -46,6 +47,46 @@ class Memory:
     own: tuple[int, ...]
     bptt: tuple[int, ...]
     penalty: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedPenalties(Penalty):
+    """All penalties that a `crbp.tasks.ContourTask` adds to its loss, weighted as there at the end of the ramp.
+
+    ``penalty.weight · penalty + residual_weight · residual² + spectral_weight · spectral``, the last two
+    `crbp.residual_penalty` and `crbp.spectral_penalty`; what has weight 0 is not computed.
+
+    Raises:
+        ValueError: for a weight out of range, or where there is no penalty at all.
+    """
+
+    weight: float = 1.0
+    penalty: Penalty | None
+    residual_weight: float
+    spectral_weight: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        non_negative("residual_weight", self.residual_weight)
+        non_negative("spectral_weight", self.spectral_weight)
+        if not self.names:
+            raise ValueError("there is no penalty: give one, or None in place of all of them")
+
+    @property
+    def names(self) -> list[str]:
+        """Of what is computed."""
+        weighted = {"residual_penalty": self.residual_weight, "spectral_penalty": self.spectral_weight}
+        first = [] if self.penalty is None else [type(self.penalty).__name__]
+        return first + [name for name, weight in weighted.items() if weight]
+
+    def __call__(self, run: crbp.Run) -> Tensor:
+        """The sum, for one run."""
+        found = [] if self.penalty is None else [self.penalty.weight * self.penalty(run)]
+        if self.residual_weight:
+            found.append(self.residual_weight * crbp.residual_penalty(run))
+        if self.spectral_weight:
+            found.append(self.spectral_weight * crbp.spectral_penalty(run))
+        return torch.stack(found).sum()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +176,7 @@ def analyse(
         steps: how far to run; None for four times the steps it was trained for.
         radii: of how many images the spectral radius is estimated.
         evidential: see `crbp.analysis.follow`.
-        penalty: that it was trained with, counted in the memory of a training step.
+        penalty: that it was trained with, all of them (`penalty_of`), counted in the memory of a training step.
         training: what the log of its run has.
 
     Raises:
@@ -171,19 +212,39 @@ def training_memory(net: PathfinderNet, image: Tensor, *, steps: Sequence[int], 
             tuple(memory_curve(net, image, gradient=gradient, steps=steps, penalty=penalty))
             for gradient in (net.evolve.gradient, crbp.BPTT())
         )
-    named = "" if penalty is None else type(penalty).__name__
-    return Memory(steps=steps, gradient=type(net.evolve.gradient).__name__, own=own, bptt=bptt, penalty=named)
+    return Memory(steps=steps, gradient=type(net.evolve.gradient).__name__, own=own, bptt=bptt, penalty=_named(penalty))
 
 
-def penalty_of(file: Path, origin: Origin, *, trust: Sequence[str]) -> Penalty | None:
-    """The penalty that a network was trained with; None for none, or where the file does not say.
+def penalty_of(file: Path, origin: Origin, *, trust: Sequence[str]) -> TrainedPenalties | None:
+    """The penalties that a network was trained with; None for none, or where the file does not say.
+
+    A weight that the run's configuration does not name did not exist when it was trained, and counts as 0; one that it
+    leaves open is that of `crbp.tasks.ContourTask`, 1 where there is a penalty.
 
     Raises:
-        WeightsError: if it cannot be made.
+        WeightsError: if they cannot be made.
     """
     settings = origin.run.get("model")
-    config = settings.get("init_args", {}).get("penalty") if isinstance(settings, Mapping) else None
-    return None if config is None else build(Penalty, config, f"the penalty of {file}", trust=trust)  # type: ignore[type-abstract]
+    given = settings.get("init_args") if isinstance(settings, Mapping) else None
+    if not isinstance(given, Mapping):
+        return None
+    config, what = given.get("penalty"), f"the penalty of {file}"
+    penalty = None if config is None else build(Penalty, config, what, trust=trust)  # type: ignore[type-abstract]
+    weights = {name: given.get(name, 0.0) for name in ("residual_weight", "spectral_weight")}
+    left_open = 0.0 if penalty is None else 1.0
+    weights = {name: left_open if value is None else value for name, value in weights.items()}
+    if penalty is None and not any(weights.values()):
+        return None
+    try:
+        return TrainedPenalties(penalty=penalty, **weights)
+    except (TypeError, ValueError) as error:
+        raise WeightsError(f"the penalties of {file} cannot be made: {error}") from error
+
+
+def _named(penalty: Penalty | None) -> str:
+    if isinstance(penalty, TrainedPenalties):
+        return ", ".join(penalty.names)
+    return "" if penalty is None else type(penalty).__name__
 
 
 def training_log(file: Path) -> dict[str, Curve]:

@@ -164,9 +164,8 @@ class _CommandLine(LightningCLI):
             self.config = parser.parse_args(args)
             refuse_functions(self.config)
         except _MISTAKES as error:
-            raise CrbpError(
-                f"{one_line(error)} (see crbp {_command(args)} --help, and configs/ for examples)"
-            ) from error
+            where = f"see crbp {_command(args)} --help, and configs/ in the folder of the project for examples"
+            raise CrbpError(f"{one_line(error)} ({where})") from error
         if not isinstance(self._settings.get("trainer"), Namespace):
             raise CrbpError(f"trainer: {self._settings.get('trainer')!r} is no table of settings")
         if self._settings.get("weights_only") is False:
