@@ -82,7 +82,6 @@ HEADS: dict[str, Callable[[], MaskHead]] = {
     "R-FPN, BPTT, 3 steps": lambda: recurrent(3, crbp.BPTT()),
     "R-FPN, C-RBP, 10 steps": lambda: recurrent(10, rbp()),
     "R-FPN, C-RBP, 10 steps, scales start at 1": lambda: recurrent(10, rbp(), norm_scale=1.0),
-    "R-FPN, BPTT, 10 steps, scales start at 1": lambda: recurrent(10, crbp.BPTT(), norm_scale=1.0),
 }
 
 
