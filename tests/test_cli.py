@@ -6,14 +6,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import crbp.cli
 from crbp import NonFiniteWarning, __version__
 from crbp._command import EXAMPLES
 from crbp.cli import COMMANDS, main
-from crbp.tasks import WeightsError, load_net, load_trained
+from crbp.data.panoptic import ids_from_rgb
+from crbp.tasks import GeneratedShapes, WeightsError, load_net, load_trained
 
 MINI = str(Path(__file__).parents[1] / "configs" / "pathfinder" / "mini_hgru_crbp.yaml")
 TINY = [
@@ -22,6 +25,19 @@ TINY = [
     *("--model.net.cell.channels", "2", "--model.net.cell.kernel_size", "3", "--model.net.evolve.steps", "3"),
     *("--model.step_jitter", "1"),
     *("--data.batch_size", "4", "--data.train_size", "8", "--data.val_size", "4", "--data.test_size", "3"),
+]
+
+SHAPES = str(Path(__file__).parents[1] / "configs" / "panoptic" / "mini_rfpn_crbp10.yaml")
+NET = "--model.net"
+TINY_PANOPTIC = [
+    *("--config", SHAPES, "--trainer.val_check_interval", "1.0", "--trainer.log_every_n_steps", "1"),
+    *("--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"),
+    *(f"{NET}.backbone.width", "16", f"{NET}.backbone.channels", "32", f"{NET}.masks.channels", "32"),
+    *(f"{NET}.masks.size", "6", f"{NET}.semantic.channels", "32", f"{NET}.boxes.channels", "32"),
+    *(f"{NET}.boxes.score", "0", f"{NET}.boxes.detections", "5", f"{NET}.evolve.steps", "2"),
+    *(f"{NET}.merge.score", "0", f"{NET}.merge.stuff_area", "0", "--model.average_precision", "false"),
+    *("--data.source.size", "128", "--data.source.train", "2", "--data.source.val", "1", "--data.batch_size", "2"),
+    *("--data.shortest", "[64]", "--data.shortest_test", "64", "--data.longest", "128", "--data.workers", "0"),
 ]
 
 
@@ -193,6 +209,37 @@ def test_from_training_to_predictions(tmp_path: Path, capsys: pytest.CaptureFixt
     broken = tmp_path / "broken.ckpt"
     broken.write_bytes(checkpoint.read_bytes()[:1000])
     assert "cannot be read" in complaint(capsys, "validate", *TINY, "--ckpt_path", str(broken))
+
+
+def test_from_training_to_panoptic_maps_of_pictures(tmp_path: Path) -> None:
+    assert main(["fit", *TINY_PANOPTIC]) == 0
+    run = tmp_path / "runs" / "mini_rfpn_crbp10" / "version_0"
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    sizes = {"wide": (90, 70), "high": (50, 80)}
+    for place, (name, size) in enumerate(sizes.items()):
+        Image.effect_noise(size, 50 + place).convert("RGB").save(pictures / f"{name}.png")
+    asked = ["--config", str(run / "config.yaml"), "--ckpt_path", str(run / "checkpoints" / "last.ckpt")]
+    asked += ["--trainer.logger", "false", "--data.predict", "pictures", "--out", "seen"]
+    assert main(["predict", *asked]) == 0
+    assert {path.name for path in (tmp_path / "seen").iterdir()} == {
+        f"{name}{end}" for name in sizes for end in (".png", "_panoptic.png", ".json")
+    }
+    names = {each.id: each.name for each in GeneratedShapes(size=128).categories.entries}
+    for name, (width, height) in sizes.items():
+        told = json.loads((tmp_path / "seen" / f"{name}.json").read_text(encoding="utf-8"))
+        assert (told["height"], told["width"]) == (height, width)
+        with Image.open(tmp_path / "seen" / f"{name}_panoptic.png") as picture:
+            ids = ids_from_rgb(np.asarray(picture))
+        assert ids.shape == (height, width)
+        segments = told["segments_info"]
+        assert segments
+        assert {each["id"]: each["area"] for each in segments} == {
+            number: int((ids == number).sum()) for number in set(ids.flatten().tolist()) - {0}
+        }
+        for each in segments:
+            assert each["name"] == names[each["category_id"]]
+            assert ("score" in each) == (each["category_id"] <= 10)
 
 
 def test_a_resumed_run_keeps_its_table_of_metrics(tmp_path: Path) -> None:

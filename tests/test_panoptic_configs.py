@@ -5,17 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
+import torch
+import torchvision
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
+from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
 
-from crbp.models.panoptic import mini_settings
+from crbp.models.panoptic import PixelSettings, checkpoints, load_weights, mini_settings
 from crbp.tasks import PanopticData, PanopticTask
 
 FILES = sorted((Path(__file__).parents[1] / "configs" / "panoptic").glob("*.yaml"))
+COCO = [path.stem for path in FILES if path.stem.endswith("x")]
 TRAINED = {
     "fpn_r50_1x": 45_751_590,
     "rfpn_r50_crbp20_1x": 44_968_038,
@@ -42,6 +48,13 @@ def content(name: str) -> dict[str, Any]:
 
 def build(name: str) -> Any:
     return parser().instantiate(parser().parse_object(content(name)))
+
+
+@cache
+def unfilled(name: str) -> Any:
+    """What a row builds, its weights without memory."""
+    with torch.device("meta"):
+        return build(name)
 
 
 def test_files_are_what_the_script_writes(load_script: Callable[[str], ModuleType]) -> None:
@@ -105,13 +118,34 @@ def test_small_rows_have_the_small_settings(path: Path) -> None:
             assert type(wanted)(**lists) == wanted
 
 
-def test_the_published_schedule() -> None:
-    for name in TRAINED:
-        given = content(name)
-        times = 3 if name.endswith("3x") else 1
-        images = given["data"]["init_args"]["batch_size"] * given["trainer"]["accumulate_grad_batches"]
-        assert (given["trainer"]["max_steps"], images) == (90_000 * times, 16)
-        assert given["trainer"]["gradient_clip_val"] is None
+@pytest.mark.parametrize("name", COCO)
+def test_the_published_schedule(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps, first, second = (270_000, 210_000, 250_000) if name.endswith("3x") else (90_000, 60_000, 80_000)
+    made, given = unfilled(name), content(name)["trainer"]
+    assert (given["max_steps"], made.data.batch_size * given["accumulate_grad_batches"]) == (steps, 16)
+    assert given["gradient_clip_val"] is None
+    stand_in = SimpleNamespace(
+        estimated_stepping_batches=given["max_steps"],
+        accumulate_grad_batches=given["accumulate_grad_batches"],
+        world_size=1,
+        datamodule=made.data,
+    )
+    monkeypatch.setattr(PanopticTask, "trainer", stand_in)
+    chosen = made.model.configure_optimizers()
+    optimizer, scheduler = chosen["optimizer"], chosen["lr_scheduler"]["scheduler"]
+    assert isinstance(optimizer, torch.optim.SGD)
+    assert {group["momentum"] for group in optimizer.param_groups} == {0.9}
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [1e-4, 0.0]
+    rates = {step: scheduler.base_lrs[0] * scheduler.lr_lambdas[0](step) for step in (
+        0, 500, 1_000, first - 1, first, second - 1, second, steps - 1
+    )}  # fmt: skip
+    assert rates == pytest.approx({
+        0: 0.00002, 500: 0.02 * 0.5005, 1_000: 0.02, first - 1: 0.02,
+        first: 0.002, second - 1: 0.002, second: 0.0002, steps - 1: 0.0002,
+    })  # fmt: skip
+
+
+def test_the_published_methods() -> None:
     steps = {path.stem: content(path.stem)["model"]["init_args"]["net"]["init_args"] for path in FILES}
     assert {name: net["evolve"]["steps"] for name, net in steps.items() if name.startswith("rfpn_r50")} == {
         f"rfpn_r50_{method}_1x": n
@@ -123,3 +157,37 @@ def test_the_published_schedule() -> None:
     penalty = steps["rfpn_r50_crbp20_1x"]["penalty"]["init_args"]
     assert penalty == {"weight": 0.001, "bound": 0.95, "reduction": "sum_square"}
     assert "penalty" not in steps["rfpn_r50_rbp20_1x"]
+
+
+@pytest.mark.parametrize("name", COCO)
+def test_rows_on_coco_take_torchvision_s_weights(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def download(depth: int) -> dict[str, torch.Tensor]:
+        asked.append(depth)
+        with torch.device("meta"):
+            return getattr(torchvision.models, f"resnet{depth}")().state_dict()
+
+    monkeypatch.setattr(checkpoints, "_download", download)
+    task = unfilled(name).model
+    assert task.weights == "imagenet"
+    assert task.net.pixels == PixelSettings.torchvision()
+    load_weights(task.net, task.weights)
+    assert asked == [101 if "r101" in name else 50]
+
+
+def test_processes_share_the_statistics_of_the_output_norm() -> None:
+    rows = {name: content(name)["trainer"]["sync_batchnorm"] for name in COCO if name.startswith("rfpn")}
+    assert rows
+    assert all(rows.values())
+    settings = {"accelerator": "cpu", "devices": 2, "strategy": "ddp", "logger": False}
+    trainer = pl.Trainer(**settings, sync_batchnorm=rows["rfpn_r50_crbp20_1x"])
+    with torch.device("meta"):
+        task = build("rfpn_r50_crbp20_1x").model
+    frozen = [name for name, module in task.named_modules() if isinstance(module, FrozenBatchNorm2d)]
+    assert frozen
+    shared = dict(trainer.strategy._layer_sync.apply(task).named_modules())  # type: ignore[attr-defined]
+    norms = {name for name, module in shared.items() if isinstance(module, nn.modules.batchnorm._BatchNorm)}
+    assert norms == {"net.roi_heads.mask_head.output_norm"}
+    assert isinstance(shared["net.roi_heads.mask_head.output_norm"], nn.SyncBatchNorm)
+    assert all(type(shared[name]) is FrozenBatchNorm2d for name in frozen)

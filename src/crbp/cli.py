@@ -158,7 +158,7 @@ COMMANDS = {
         {"shapes": _parser("crbp.data.panoptic.command", "shapes_parser")},
     ),
     "data": _Command(
-        "find what is wrong with a panoptic data set, or print its statistics",
+        "find what is wrong with a panoptic data set, and print its statistics",
         _data,
         _parser("crbp.data.panoptic.command", "data_parser"),
     ),

@@ -186,7 +186,7 @@ def test_processes_find_what_one_finds(tmp_path, monkeypatch):
 
 
 def test_the_command(tmp_path, capsys):
-    content = write(tmp_path)
+    write(tmp_path)
     arguments = ["data", "check", "--images", str(tmp_path / "images"), "--panoptic", str(tmp_path / "panoptic.json")]
     arguments += ["--jobs", "1"]
     assert main(arguments) == 0
@@ -198,17 +198,44 @@ def test_the_command(tmp_path, capsys):
     assert main([*arguments, "--quick"]) == 0
     assert "JSON only" in capsys.readouterr().out
 
-    _segment(content, 2, category_id=8)
-    save(tmp_path, content)
-    assert main(arguments) == 2
-    told = capsys.readouterr()
-    assert "segment 5: its category 8 is not in the list" in told.out
-    assert "crbp: error: 1 findings; correct the data set" in told.err
     (tmp_path / "panoptic.json").unlink()
     assert main(arguments) == 2
     assert "panoptic.json: cannot be read as JSON" in capsys.readouterr().err
     assert main(["data", "chekc", "--images", "a", "--panoptic", "b"]) == 2
     assert "invalid choice: 'chekc'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_the_command_names_each_fault_and_has_statistics_all_the_same(tmp_path, capsys, name):
+    content = write(tmp_path)
+    spoil, words, _ = SPOILT[name]
+    spoil(tmp_path, content)
+    save(tmp_path, content)
+    arguments = ["--images", str(tmp_path / "images"), "--panoptic", str(tmp_path / "panoptic.json"), "--jobs", "1"]
+    assert main(["data", "check", *arguments]) == 2
+    told = capsys.readouterr()
+    assert words in told.out
+    report = run(tmp_path)
+    assert f"crbp: error: {report.total} findings; correct the data set" in told.err
+    found = report.statistics
+    assert f"{found.images} images, as far as they can be read" in told.out
+    assert told.out.index("segments ") > told.out.index(words)
+    rows = [line.split() for line in told.out.splitlines()]
+    for place, each in enumerate(content["categories"]):
+        (row,) = [row for row in rows if row[0] == each["name"]]
+        assert (row[2], row[-1]) == (str(found.counts[place]), f"{found.shares[place]:.2%}")
+
+
+def test_where_no_image_can_be_read_the_command_has_findings_alone(tmp_path, capsys):
+    content = write(tmp_path)
+    for image in content["images"]:
+        image["height"] = 0
+    save(tmp_path, content)
+    arguments = ["--images", str(tmp_path / "images"), "--panoptic", str(tmp_path / "panoptic.json"), "--jobs", "1"]
+    assert main(["data", "check", *arguments]) == 2
+    told = capsys.readouterr().out
+    assert "panoptic.json: image 11" in told
+    assert told.endswith("0 images, as far as they can be read; 2 more have no sound annotation\n")
 
 
 def test_other_categories_can_be_named(tmp_path):

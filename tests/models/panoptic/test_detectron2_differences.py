@@ -7,21 +7,26 @@ import torch
 from tiny_panoptic import THINGS, tiny_settings
 from torch import nn
 from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.models.resnet import Bottleneck
+from torchvision.ops import remove_small_boxes
+from torchvision.ops.poolers import LevelMapper
 
 from crbp.errors import DivergenceError
 from crbp.models.panoptic import (
     BackboneSettings,
     BoxSettings,
     MaskSettings,
+    MergeSettings,
     PanopticFPN,
     PixelSettings,
     ProposalSettings,
 )
 from crbp.models.panoptic._pool import PyramidPool
 from crbp.models.panoptic.backbone import LEVELS, STRIDES, Backbone
-from crbp.models.panoptic.box_head import BoxPredictor, InstanceHeads
+from crbp.models.panoptic.box_head import BoxPredictor, Detections, InstanceHeads
 from crbp.models.panoptic.mask_head import ConvolutionalMaskHead, mask_targets
+from crbp.models.panoptic.results import panoptic_result
 from crbp.models.panoptic.rpn import ProposalNetwork
 
 
@@ -118,10 +123,12 @@ def test_the_defaults_keep_the_published_numbers():
     assert (settings.before_nms_test, settings.after_nms_test) == (1000, 1000)
 
 
-def test_boxes_without_area_are_no_proposals():
-    boxes = torch.tensor([[[-20.0, 0, -10, 10], [0, 0, 10, 10]]])
-    found, _ = _rpn().eval().filter_proposals(boxes, torch.zeros(1, 2, 1), [(60, 60)], [2])
-    assert found[0].tolist() == [[0.0, 0, 10, 10]]
+def test_a_proposal_has_any_area_but_none():
+    boxes = torch.tensor([[[0.0, 0, 10, 10], [30, 30, 30.0005, 30.0005], [-20, 0, -10, 10], [40, 40, 50, 40]]])
+    given = boxes, torch.tensor([[[4.0], [3], [2], [1]]]), [(60, 60)], [4]
+    rpn = _rpn().eval()
+    assert torch.equal(rpn.filter_proposals(*given)[0][0], boxes[0, :2])
+    assert torch.equal(RegionProposalNetwork.filter_proposals(rpn, *given)[0][0], boxes[0, :1])
 
 
 def test_proposals_that_are_not_finite_end_training_and_are_dropped_in_evaluation():
@@ -158,6 +165,16 @@ def test_pooling_samples_every_pixel_of_a_cell():
 def test_levels_of_boxes(side, level):
     boxes = torch.tensor([[3.0, 5.0, 3 + side * 2, 5 + side / 2]])
     assert PyramidPool(7, 224).levels(boxes).tolist() == [level - 2]
+
+
+@pytest.mark.parametrize(
+    ("short", "level", "dtype"), [(5e-9, 3, torch.float64), (5e-8, 2, torch.float64), (1.2e-7, 2, torch.float32)]
+)
+def test_a_box_is_lifted_to_the_next_level_by_an_epsilon_of_its_size(short, level, dtype):
+    """One of half the canonical size, but for a little; torchvision adds its epsilon to the level, and lifts more."""
+    boxes = torch.tensor([[0, 0, 1, 1]]).to(dtype) * 224 * (0.5 - short)
+    assert PyramidPool(7, 224).levels(boxes).tolist() == [level - 2]
+    assert LevelMapper(2, 5)([boxes]).tolist() == [3 - 2]
 
 
 def test_pooled_boxes_keep_their_order():
@@ -254,6 +271,22 @@ def test_box_deltas_are_weighted():
     wide, high = 10 * math.e, 20 * math.e
     wanted = torch.tensor([[115 - wide / 2, 90 - high / 2, 115 + wide / 2, 90 + high / 2]])
     torch.testing.assert_close(found, wanted)
+
+
+def test_a_detection_has_any_area_at_the_original_size_but_none():
+    boxes = torch.tensor([[20.997, 20.997, 21.003, 21.003], [0, 8, 0, 30], [32, 32, 60, 60]])
+    logits = torch.tensor([[3.0, 0, 0, 0], [0, 2, 0, 0], [0, 0, 1, 0]])
+    heads = _heads(score=0.4)
+    found = heads.postprocess_detections(logits, torch.zeros(3, 4 * THINGS), [boxes], [(64, 64)])
+    box, score, label = (each[0] for each in found)
+    assert label.tolist() == [0, 1, 2]
+    assert remove_small_boxes(box, 0.01).tolist() == [2]
+    detections = Detections(boxes=box, scores=score, labels=label, masks=torch.ones(3, 4, 4))
+    result = panoptic_result(detections, torch.zeros(3, 16, 16), (64, 64), (32, 32), MergeSettings(score=0.0))
+    assert result.labels.tolist() == [0, 2]
+    torch.testing.assert_close(result.boxes, boxes[[0, 2]] / 2)
+    assert torch.equal(result.scores, score[[0, 2]])
+    assert result.masks[0].nonzero().tolist() == [[10, 10]]  # the pixel whose centre is in the box
 
 
 # Masks and pixels

@@ -86,12 +86,21 @@ def _count(model: PanopticFPN, trained: bool) -> int:
     return sum(each.numel() for each in model.parameters() if each.requires_grad or not trained)
 
 
-def test_the_command_shows_them(capsys):
-    assert main(["model-summary", "rfpn", "--depth", "50"]) == 0
+@pytest.mark.parametrize(
+    ("model", "depth", "trainable", "total"),
+    [
+        ("fpn", "50", "45 751 590", "45 973 990"),
+        ("rfpn", "50", "44 968 038", "45 190 438"),
+        ("fpn", "101", "64 691 494", "64 913 894"),
+        ("rfpn", "101", "63 907 942", "64 130 342"),
+    ],
+)
+def test_the_command_shows_them(model, depth, trainable, total, capsys):
+    assert main(["model-summary", model, "--depth", depth]) == 0
     shown = capsys.readouterr().out
-    assert "44 968 038" in shown
-    assert "45 190 438" in shown
-    assert "recurrent cell" in shown
+    assert re.search(rf"\ball\W+{trainable}\W+{total}\W", shown)
+    assert f"ResNet-{depth}" in shown
+    assert ("recurrent cell" in shown) == (model == "rfpn")
 
 
 @pytest.mark.parametrize(

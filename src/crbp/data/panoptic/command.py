@@ -30,11 +30,11 @@ def data(arguments: list[str]) -> None:
     console = Console(soft_wrap=True, highlight=False)
     for finding in report.findings:
         console.print(str(finding), markup=False)
+    _tell(console, report, quick=options.quick)
     if report.total:
         hidden = report.total - len(report.findings)
         more = f", {hidden} of them not listed (see --limit)" if hidden else ""
         raise CrbpError(f"{report.total} findings{more}; correct the data set before training on it")
-    _tell(console, report, quick=options.quick)
 
 
 def shapes(arguments: list[str]) -> None:
@@ -89,7 +89,7 @@ def _pair(text: str) -> tuple[int, int]:
 
 def data_parser() -> Parser:
     """The parser of ``crbp data``."""
-    about = "Find everything that is wrong with a panoptic data set, or print its statistics where nothing is."
+    about = "List everything that is wrong with a panoptic data set, then its statistics."
     parser = Parser(prog="crbp data", description=about, allow_abbrev=False)
     parser.add_argument("what", choices=("check",), help="what to do")
     parser.add_argument("--images", required=True, metavar="DIR", help="folder of the images")
@@ -110,11 +110,12 @@ def data_parser() -> Parser:
 
 
 def _tell(console: Console, report: Report, *, quick: bool) -> None:
-    found = report.statistics
+    found, sound = report.statistics, not report.total
+    looked = "JSON only; the files are there" if sound else "JSON only"
     console.print(
-        f"{found.images} images, nothing wrong"
-        + (" (JSON only; the files are there)" if quick else "")
-        + (f"; {found.unlabelled} more have no annotation" if found.unlabelled else "")
+        f"{found.images} images, {'nothing wrong' if sound else 'as far as they can be read'}"
+        + (f" ({looked})" if quick else "")
+        + (f"; {found.unlabelled} more have no {'' if sound else 'sound '}annotation" if found.unlabelled else "")
     )
     if not found.images:
         return
