@@ -328,6 +328,25 @@ def test_a_panoptic_checkpoint_shows_an_image_after_each_step(tmp_path: Path) ->
         picture_of(found, str(tmp_path / "broken.png"), index=0)
 
 
+def test_a_picture_of_ones_own_is_segmented_in_place_of_a_validation_image(tmp_path: Path) -> None:
+    from crbp.app.panoptic import frames, load_panoptic, picture_of
+
+    found = load_panoptic(panoptic_weights(tmp_path))
+    halves = np.zeros((96, 144, 3), np.uint8)
+    halves[:, 72:] = (250, 40, 10)
+    Image.fromarray(halves).save(tmp_path / "mine.png")
+    own = picture_of(found, str(tmp_path / "mine.png"), index=0)
+    np.testing.assert_array_equal(np.asarray(own), halves)
+    (shown,) = frames(found, own, steps=[2])
+    (other,) = frames(found, picture_of(found, None, index=0), steps=[2])
+    assert shown["source"] != other["source"]
+    content = base64.b64decode(shown["source"].removeprefix("data:image/jpeg;base64,"))
+    drawn = np.asarray(Image.open(io.BytesIO(content)))[:480]  # the rest is the legend
+    # All but contours and names shows half of the picture, and of a segment at most half.
+    laid_over = drawn - halves.repeat(5, axis=0).repeat(5, axis=1) / 2
+    assert ((laid_over > -8) & (laid_over < 136)).all(axis=-1).mean() > 0.85
+
+
 def test_steps_shown_are_few_and_end_at_the_last() -> None:
     from crbp.app.panoptic import steps_shown
 

@@ -9,6 +9,7 @@ import sys
 import tomllib
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -46,6 +47,25 @@ def test_here_training_works(capsys: pytest.CaptureFixture[str]) -> None:
     assert Path(found["native"]["fft"]).is_file()
     assert main(["doctor"]) == 0
     assert capsys.readouterr().out.endswith("Training works.\n")
+
+
+def test_devices_are_listed_by_name_and_size(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = [139, 80]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(sizes))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda k: SimpleNamespace(name=f"GPU {k}", total_memory=sizes[k] * 2**30)
+    )
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    listed = ["cpu", "cuda:0 GPU 0, 139.0 GiB", "cuda:1 GPU 1, 80.0 GiB", "mps"]
+    main(["doctor", "--json"])
+    assert json.loads(capsys.readouterr().out)["devices"] == listed
+    main(["doctor"])
+    assert f"  devices           {'; '.join(listed)}\n" in capsys.readouterr().out
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert doctor.examine()["devices"] == ["cpu"]
 
 
 BARE = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,7 +14,9 @@ from torch import Tensor
 
 import crbp
 from crbp.cli import main
-from crbp.export import FixedSteps, exported, to_onnx, to_pt2
+from crbp.data.pathfinder import Pathfinder
+from crbp.export import FORMATS, FixedSteps, exported, to_onnx, to_pt2
+from crbp.hub import from_pretrained
 from crbp.models import FeedForwardNet, PathfinderNet
 
 SHIPPED = Path(__file__).parents[1] / "results" / "pathfinder" / "weights" / "small5_hgru_bptt_k3.safetensors"
@@ -26,6 +29,17 @@ needs_onnx = pytest.mark.skipif(
 def made(cell: str, gradient: crbp.GradientMethod | None = None, *, kernel_size: int = 3) -> PathfinderNet:
     inner = getattr(crbp.cells, cell)(3, kernel_size, horizon=4)
     return PathfinderNet(inner, crbp.Evolve(steps=3, gradient=gradient or crbp.RBP())).eval()
+
+
+def run_file(file: Path, image: Tensor) -> Tensor:
+    """Logits of an exported file, by the program that it is for."""
+    if file.suffix == ".pt2":
+        found: Tensor = torch.export.load(file).module()(image)
+        return found
+    import onnxruntime
+
+    session: Any = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(["logits"], {"image": image.numpy()})[0])
 
 
 def logits(net: PathfinderNet, image: Tensor, steps: int | None = None) -> Tensor:
@@ -62,8 +76,7 @@ def test_a_tolerance_does_not_end_fixed_steps() -> None:
 def test_the_file_of_torch_export_does_as_the_network(cell: str, tmp_path: Path) -> None:
     net, image = made(cell), torch.rand(3, 1, 11, 14)
     to_pt2(net, tmp_path / "net.pt2", steps=2)
-    program = torch.export.load(tmp_path / "net.pt2")
-    torch.testing.assert_close(program.module()(image), logits(net, image, 2), rtol=0, atol=1e-5)
+    torch.testing.assert_close(run_file(tmp_path / "net.pt2", image), logits(net, image, 2), rtol=0, atol=1e-5)
 
 
 def test_nothing_of_crbp_is_in_what_is_exported() -> None:
@@ -90,6 +103,24 @@ def test_the_onnx_file_does_as_the_network(cell: str, tmp_path: Path) -> None:
     torch.testing.assert_close(torch.from_numpy(found), logits(net, image, 2), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("times", [1, 4])
+@pytest.mark.parametrize("kind", ["pt2", pytest.param("onnx", marks=needs_onnx)])
+@pytest.mark.parametrize("name", ["small9_hgru_crbp", "small5_hgru_crbp_long"])
+def test_a_trained_network_traces_alike_as_a_file(name: str, kind: str, times: int, tmp_path: Path) -> None:
+    """Logits to 1e-5 of the largest, which is 10 to 16; probabilities to 1e-5."""
+    net: Any = from_pretrained(name)
+    preset: Any = name.split("_")[0]
+    sample = Pathfinder(preset=preset, split="test", size=1, seed=0)[0]
+    image, steps = sample["image"][None], times * net.evolve.steps
+    FORMATS[kind](net, tmp_path / f"net.{kind}", steps=steps)
+    found, expected = run_file(tmp_path / f"net.{kind}", image), logits(net, image, steps)
+    assert (expected.argmax(dim=1)[0].bool() == sample["mask"]).float().mean() > 0.99  # it is a tracing of the contour
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    torch.testing.assert_close(found.softmax(dim=1), expected.softmax(dim=1), rtol=0, atol=1e-5)
+
+
 @needs_onnx
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -103,8 +134,26 @@ def test_the_command_writes_torch_export(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["export", str(SHIPPED), "--steps", "2"]) == 0
-    assert capsys.readouterr().out.startswith("small5_hgru_bptt_k3.pt2: 2 steps, images of any size; differs")
+    told = r"small5_hgru_bptt_k3\.pt2: 2 steps, images of any size; differs by \de[+-]\d\d of the network's largest logit"
+    assert re.fullmatch(told, capsys.readouterr().out.rstrip())
     assert (tmp_path / "small5_hgru_bptt_k3.pt2").is_file()
+
+
+def test_a_file_that_does_otherwise_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def spoilt(net: Any, path: Path, *, steps: int | None) -> None:
+        with torch.no_grad():
+            net.filters.weight.mul_(1 + 1e-3)
+        to_pt2(net, path, steps=steps)
+
+    monkeypatch.setitem(FORMATS, "pt2", spoilt)
+    assert main(["export", str(SHIPPED), "--steps", "2", "--out", str(tmp_path / "net.pt2")]) == 2
+    message = (
+        r"net\.pt2 is not written: it would differ by \d\.\de-0\d of the network's largest logit, where at most 1e-05"
+    )
+    assert re.search(message, capsys.readouterr().err)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,10 @@ from crbp.errors import CrbpError
 from crbp.export import FORMATS, FixedSteps
 from crbp.tasks import load_net
 
-LARGEST = 1e-3  # difference from the network, relative to its largest logit
+# Largest difference from the network, relative to its largest logit. torch.export runs the same operations: in all
+# networks of `results` nothing differs. onnxruntime rounds otherwise: after the steps trained for that makes up to 4e-5
+# in ConvLSTMs and 7e-5 in an HGRU that does not come to rest, 1e-6 in C-RBP ones.
+LARGEST = {"pt2": 1e-5, "onnx": 1e-4}
 
 
 def main(arguments: list[str]) -> None:
@@ -45,12 +48,16 @@ def main(arguments: list[str]) -> None:
     try:
         wrong = (_run(trial, options.format, image) - expected).abs().max()
         difference = float(wrong / expected.abs().max().clamp(min=torch.finfo(expected.dtype).tiny))
-        if not difference <= LARGEST:
-            raise CrbpError(f"{out} is not written: it would differ by {difference:.1e} of the network's largest logit")
+        if not difference <= LARGEST[options.format]:
+            raise CrbpError(
+                f"{out} is not written: it would differ by {difference:.1e} of the network's largest logit, where at "
+                f"most {LARGEST[options.format]:.0e} is taken for rounding; choose fewer --steps, since rounding grows "
+                "where a network does not come to rest"
+            )
         trial.replace(out)
     finally:
         trial.unlink(missing_ok=True)
-    print(f"{out}: {fixed.steps} steps, images of any size; differs from the network by {difference:.0e} at most")
+    print(f"{out}: {fixed.steps} steps, images of any size; differs by {difference:.0e} of the network's largest logit")
 
 
 def parser() -> argparse.ArgumentParser:
