@@ -233,7 +233,7 @@ _SCRUBBER = """<figure id="scrubber" class="scrubber">
     button.textContent = "Pause";
     timer = setInterval(() => {{
       range.value = Number(range.value) + 1;
-
+      show();
       if (Number(range.value) === {last}) stop();
     }}, slowly.matches ? 1000 : 160);
     show();
