@@ -1,6 +1,6 @@
 """Mazes: find the way between two cells, on larger mazes with more steps than were trained.
 
-    python examples/mazes.py            # about twenty minutes of one core
+    python examples/mazes.py            # about half an hour of one core
     python examples/mazes.py --small    # seconds
 
 A maze is a random spanning tree on a grid of cells, drawn as an image; two cells are marked, and the pixels of the only
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 import crbp
 
 # There are 6 912 mazes of 3×3 cells: a network trained on those learns them, not the rule. Of 4×4 there are 12 million.
-FULL = Settings(size=4, steps=32, larger=6, more=96, updates=2500, rate=5e-3, batch=64, weight=0.01, terms=32)
+FULL = Settings(size=4, steps=32, larger=6, more=96, updates=2500, rate=5e-3, batch=64, weight=0.01, terms=8)
 SMALL = Settings(size=2, steps=4, larger=3, more=8, updates=40, batch=16, tested=32)
 BESIDE = torch.tensor([[0.0, 1, 0], [1, 0, 1], [0, 1, 0]])[None, None]
 
