@@ -325,6 +325,7 @@ def swipe(page: Page, where: Locator, points: list[tuple[float, float]]) -> None
         at = {"x": box["x"] + x * box["width"], "y": box["y"] + y * box["height"]}
         touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": [at]})
     touch.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+    page.wait_for_timeout(600)  # as a hand needs; Chromium makes no click of a tap within .3 s of another touch
 
 
 def test_a_bad_upload_gives_a_message_and_a_good_one_a_trace(page: Page, tmp_path: Path) -> None:
