@@ -294,13 +294,14 @@ def test_a_model_without_steps_is_refused(tmp_path: Path) -> None:
         Models.with_files([("", file)])
 
 
-def panoptic_weights(folder: Path) -> Path:
-    """A checkpoint of the smallest shipped configuration, untrained."""
+def panoptic_weights(folder: Path, source: dict[str, Any] | None = None) -> Path:
+    """A checkpoint of the smallest shipped configuration, untrained; as from a run on another source."""
     from crbp.models import PanopticFPN
     from crbp.tasks.weights import build
 
     text = Path(__file__).parents[1].joinpath("configs/panoptic/mini_rfpn_crbp10.yaml").read_text(encoding="utf-8")
     run = yaml.safe_load(text)
+    run["data"]["init_args"]["source"] = source or run["data"]["init_args"]["source"]
     described = run["model"]["init_args"]["net"]
     described["init_args"]["evolve"]["steps"] = 2
     torch.manual_seed(0)
@@ -326,6 +327,23 @@ def test_a_panoptic_checkpoint_shows_an_image_after_each_step(tmp_path: Path) ->
     (tmp_path / "broken.png").write_bytes(b"no picture")
     with pytest.raises(ImageError, match=r"^broken\.png: the image cannot be read; choose a PNG"):
         picture_of(found, str(tmp_path / "broken.png"), index=0)
+
+
+def test_a_checkpoint_trained_on_files_shows_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their names are no classes, and what is in them is no configuration."""
+    from crbp.app.panoptic import load_panoptic, picture_of
+    from crbp.data.panoptic import write_shapes
+
+    write_shapes(tmp_path / "mine", images=(1, 2), size=128, workers=1, progress=False)
+    monkeypatch.chdir(tmp_path / "mine")
+    files = {"images": "val", "panoptic": "panoptic_val.json", "instances": "instances_val.json"}
+    assert all(Path(file).exists() for file in files.values())
+    for name, settings in (("CocoSource", {"val": files}), ("Coco", {"root": ".", "train": "train", "val": "val"})):
+        found = load_panoptic(
+            panoptic_weights(tmp_path, {"class_path": f"crbp.tasks.{name}", "init_args": settings})
+        )
+        with Image.open(sorted(Path("val").iterdir())[1]) as wanted:
+            np.testing.assert_array_equal(np.asarray(picture_of(found, None, index=1)), np.asarray(wanted))
 
 
 def test_a_picture_of_ones_own_is_segmented_in_place_of_a_validation_image(tmp_path: Path) -> None:

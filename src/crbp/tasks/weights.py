@@ -6,7 +6,7 @@ import contextlib
 import importlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -140,15 +140,31 @@ def load_trained(path: str | Path, *, trust: Sequence[str] = ("crbp",)) -> tuple
 T = TypeVar("T")
 
 
-def build(kind: type[T], config: Mapping[str, Any], what: str, *, trust: Sequence[str] = ("crbp",)) -> T:
+def build(
+    kind: type[T],
+    config: Mapping[str, Any],
+    what: str,
+    *,
+    trust: Sequence[str] = ("crbp",),
+    paths: Container[str] = (),
+) -> T:
     """Make an object of a class below ``kind`` from ``{"class_path": …, "init_args": …}``.
+
+    Args:
+        kind: class.
+        config: what it is made from.
+        what: is made, for messages.
+        trust: packages whose classes may be named.
+        paths: parameters that name files. Only those that are plain texts to every class below ``kind`` may be among
+            them: they are not looked at as what could be a class, or a file to read one from.
 
     Raises:
         WeightsError: if a class outside the packages of ``trust`` is named, or ``what`` cannot be made.
     """
-    if hidden := next((text for text in _texts(config) if _is_configuration(text)), None):
+    found = list(_texts(config, paths))
+    if hidden := next((text for text in found if _is_configuration(text)), None):
         raise WeightsError(f"{what} has the text {hidden[:80]!r}, which would be read as a configuration of its own")
-    for name in (text.strip() for text in _texts(config) if _DOTTED.fullmatch(text.strip())):
+    for name in (text.strip() for text in found if _DOTTED.fullmatch(text.strip())):
         if (package := _package(name, trust)) not in trust:
             raise WeightsError(f"{what} has the class {name}; pass trust=(…, {package!r}) if you trust it")
     parser = ArgumentParser(exit_on_error=False)
@@ -269,14 +285,15 @@ def read_state(path: Path) -> dict[str, Tensor]:
     return weights
 
 
-def _texts(config: Any) -> Iterator[str]:
-    """Every text in a configuration; any may name a class, under ``class_path`` or in place of that."""
+def _texts(config: Any, paths: Container[str]) -> Iterator[str]:
+    """Every text in a configuration but paths; any may name a class, under ``class_path`` or in place of that."""
     if isinstance(config, Mapping):
-        for value in config.values():
-            yield from _texts(value)
+        for key, value in config.items():
+            if not (key in paths and isinstance(value, str)):
+                yield from _texts(value, paths)
     elif isinstance(config, list | tuple):
         for value in config:
-            yield from _texts(value)
+            yield from _texts(value, paths)
     elif isinstance(config, str):
         yield config
 
