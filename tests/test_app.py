@@ -339,9 +339,7 @@ def test_a_checkpoint_trained_on_files_shows_them(tmp_path: Path, monkeypatch: p
     files = {"images": "val", "panoptic": "panoptic_val.json", "instances": "instances_val.json"}
     assert all(Path(file).exists() for file in files.values())
     for name, settings in (("CocoSource", {"val": files}), ("Coco", {"root": ".", "train": "train", "val": "val"})):
-        found = load_panoptic(
-            panoptic_weights(tmp_path, {"class_path": f"crbp.tasks.{name}", "init_args": settings})
-        )
+        found = load_panoptic(panoptic_weights(tmp_path, {"class_path": f"crbp.tasks.{name}", "init_args": settings}))
         with Image.open(sorted(Path("val").iterdir())[1]) as wanted:
             np.testing.assert_array_equal(np.asarray(picture_of(found, None, index=1)), np.asarray(wanted))
 
