@@ -201,3 +201,19 @@ def test_what_is_tested_elsewhere_is() -> None:
     for command, file in ELSEWHERE.items():
         name = Path(command.split()[-1]).name
         assert name in (ROOT / "tests" / file).read_text(encoding="utf-8"), file
+
+
+def test_the_table_of_the_page_is_what_compare_prints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (words,) = [words[1:] for words in lines("analysis.md") if "--images" in words]
+    assert ended(words) == 0
+    printed = [re.split(r"\s{2,}", line.strip()) for line in capsys.readouterr().out.splitlines()]
+    page = (ROOT / "docs" / "analysis.md").read_text(encoding="utf-8")
+    rows = [row.split(" | ") for row in re.findall(r"^\| (.* \| [\d.e-]+ \| [\d.e-]+) \|$", page, re.MULTILINE)]
+    assert len(rows) == 7
+    for name, *numbers in rows:
+        (found,) = [cells[1:] for cells in printed if cells[0] == name]
+        # Rounding differs between machines, and grows where the state does.
+        assert [float(cell) for cell in found] == pytest.approx([float(cell) for cell in numbers], rel=0.05)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from crbp._card import written_card
 from crbp.tasks import PanopticData, load_net, load_trained
 from crbp.tasks.weights import build
 
-FOLDER = Path(__file__).parents[1] / "results" / "pathfinder"
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "results" / "pathfinder"
 ROWS = {row["row"]: row for row in csv.DictReader((FOLDER / "table.csv").read_text(encoding="utf-8").splitlines())}
 
 
@@ -50,3 +52,35 @@ def test_shipped_panoptic_weights_segment_an_image() -> None:
     (seen,) = net([image])
     assert seen.panoptic.shape == (128, 128)
     assert sum(segment["isthing"] for segment in seen.segments) >= 3  # there are six
+
+
+def test_the_pages_tell_the_demo_as_it_was_measured() -> None:
+    found = json.loads((ROOT / "results" / "demo" / "numbers.json").read_text(encoding="utf-8"))
+    assert found["f1_at_n"] >= 0.97
+    assert abs(found["f1_at_4n"] - found["f1_at_n"]) <= 0.005
+    table = f"""
+| F1 at N = {found["steps"]} | {found["f1_at_n"]:.3f} | {found["bptt_f1_at_n"]:.3f} | at least .970 |
+| F1 at 4N = {4 * found["steps"]} | {found["f1_at_4n"]:.3f} | {found["bptt_f1_at_4n"]:.3f} | within .005 of that at N |
+| relative residual at 4N | {found["residual_at_4n"]:.1e} | {found["bptt_residual_at_4n"]:.1e} | below 5e-3 |
+| spectral radius below 1 at 4N | {found["stable_share"]:.0%} of images | {found["bptt_stable_share"]:.0%} | |
+| images seen | {found["images"]:,} | {found["bptt_images"]:,} | |
+| saved activations of one image at 64 steps | {found["memory_mib"]["64"]:.1f} MiB | {found["bptt_memory_mib"]["64"]:.1f} MiB | flat |
+| marking every stroke | {found["all_strokes_f1"]:.3f} | | at least .2 below |
+| seconds in all | {found["seconds"]:.0f} | | at most 360 |
+"""  # noqa: E501
+    page = (ROOT / "results" / "demo" / "README.md").read_text(encoding="utf-8")
+    assert table in page
+    assert f"`crbp demo --seed {found['seed']}`, commit {found['commit']}, {found['machine']};" in page
+    told = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    for piece in (
+        f"for {found['training_seconds'] / 60:.1f} minutes on one CPU core",
+        f"with F1 **{found['f1_at_n']:.3f}** on images it has never seen "
+        f"(marking every stroke scores {found['all_strokes_f1']:.3f}), and still does when run four times longer: "
+        f"**{found['f1_at_4n']:.3f}**",
+        f"from {found['bptt_f1_at_n']:.3f} to {found['bptt_f1_at_4n']:.3f}",
+        f"{found['bptt_memory_mib']['64']:.0f} MiB of activations an image at 64 steps, against "
+        f"{found['memory_mib']['64']:.1f} MiB at any number of steps",
+        f"seed {found['seed']}, commit {found['commit']}",
+        f"{found['seconds']:.0f} s in all",
+    ):
+        assert piece in told
