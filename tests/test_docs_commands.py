@@ -73,15 +73,18 @@ def small(words: list[str]) -> list[str]:
     """The arguments that make a command line of crbp one of seconds."""
     if words[0] in ("fit", "test", "predict"):
         config = words[words.index("--config") + 1]
-        panoptic = "PanopticTask" in Path(config).read_text(encoding="utf-8")
+        content = Path(config).read_text(encoding="utf-8")
+        panoptic = "PanopticTask" in content
         settings = PANOPTIC | (NARROW if "_r50_" in config else {}) if panoptic else dict(CONTOURS)
         if words[0] == "fit" and "--ckpt_path" in words:
             settings |= {"trainer.max_steps": 3, "trainer.max_epochs": 2}
         if words[0] != "fit":
             for name in ("max_steps", "val_check_interval", "check_val_every_n_epoch", "num_sanity_val_steps"):
                 del settings[f"trainer.{name}"]
-        if "shapes_" in config or "mini_" in config:
-            settings |= {"data.source.init_args.train": 2, "data.source.init_args.val": 1} if panoptic else {}
+        if "GeneratedShapes" in content:
+            settings |= {"data.source.init_args.train": 2, "data.source.init_args.val": 1}
+        if "fused: true" in content:
+            settings |= {"model.net.cell.init_args.fused": False}  # compiling takes longer than all else
         return [f"--{name}={value}" for name, value in settings.items()]
     if words[:2] == ["generate", "shapes"]:
         return ["--images", "2,1", "--jobs", "1"]
