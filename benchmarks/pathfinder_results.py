@@ -218,7 +218,7 @@ def write(out: Path) -> None:
     for name, figure in figures(rows).items():
         figure.savefig(out / f"{name}.png", dpi=140)
     if (page := out / "README.md").exists():
-        page.write_text(with_tables(page.read_text(), tables(rows, costs(out))))
+        page.write_text(with_tables(page.read_text(), tables(out)))
     print(f"{len(rows)} rows in {out}")
 
 
@@ -228,15 +228,18 @@ def costs(out: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(file.read_text().splitlines())) if file.exists() else []
 
 
-def tables(rows: Sequence[Row], cost: Iterable[Mapping[str, str]]) -> dict[str, str]:
+def tables(out: Path) -> dict[str, str]:
     """The tables of the page by name."""
-    late = [row.line for row in rows if row.line["variant"] in LATE]
-    lines = [row.line for row in rows if row.line["variant"] not in LATE]
+    rows = [json.loads(file.read_text())["line"] for file in sorted((out / "rows").glob("*.json"))]
+    late = [line for line in rows if line["variant"] in LATE]
+    lines = [line for line in rows if line["variant"] not in LATE]
+    many = out / "settled.json"
     return {
         "rows": measures_of(lines),
         "late": measures_of(late, digits=4),
+        "settled": settled(rows, json.loads(many.read_text()) if many.exists() else []),
         "elsewhere": generalisation(lines),
-        "paper": paper(cost),
+        "paper": paper(costs(out)),
     }
 
 
@@ -277,6 +280,26 @@ def generalisation(lines: Iterable[Line]) -> str:
         body.append([title, f"{seeds[0]['parameters']:,}", _memory(seeds[0]), *best])
     shown = [f"best F1 on {task.removeprefix('small')} dashes" for task in TASKS]
     return markdown(("trained on", "parameters", "MiB an image", *shown), body)
+
+
+def settled(lines: Iterable[Line], found: Iterable[Mapping[str, Any]]) -> str:
+    """A table of what `settled.py` measured at 4N, a line for each row, the values of its seeds side by side."""
+    of = {each["row"]: each for each in found}
+    head = ("row", "seeds", "images", "F1 at N", "F1 at 4N", "residual at 4N", "radius below 1", "largest radius")
+    body = []
+    for title, seeds in _by_title(line for line in lines if line["row"] in of).items():
+        every = [of[line["row"]] for line in seeds]
+        cells = [
+            [f"{line['seed']}" for line in seeds],
+            [f"{each['images']}" for each in every[:1]],
+            [_share(each["f1_at_n"], 4) for each in every],
+            [_share(each["f1_at_4n"], 4) for each in every],
+            [f"{each['residual_at_4n']:.1e}" for each in every],
+            [f"{each['radius_below_1'] / each['images']:.1%}" for each in every],
+            [f"{each['radius_largest']:.2f}" for each in every],
+        ]
+        body.append([title, *(", ".join(cell) for cell in cells)])
+    return markdown(head, body)
 
 
 def paper(cost: Iterable[Mapping[str, str]]) -> str:

@@ -1,8 +1,8 @@
 """The command lines of the documentation, really run, page by page and in their order, on a few small images.
 
-What makes a line small stands in `SMALL`, after what the page gives: the line is the reader's, its sizes are not. A run
-that a page takes for granted is trained first. What has a test of its own elsewhere, or belongs to another program, is
-in `ELSEWHERE`, and its lines parse (`test_docs_code.py`).
+`small` appends what makes a line one of seconds: the line is the reader's, its sizes are not. A run that a page takes
+for granted is trained first. What has tests of its own is in `ELSEWHERE`, other programs in `OTHERS`; those lines are
+parsed (`test_docs_code.py`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from test_docs_code import BLOCKS, LAUNCHERS, ROOT, commands, files, filled
 
 pytestmark = pytest.mark.slow
 
-# Tested as programs: here every one of them would take minutes, a cluster, or another network.
+# Here each of them would take minutes or a cluster.
 ELSEWHERE = {
     "crbp demo": "demo/test_demo_command.py",
     "python examples/graph_shortest_path.py": "test_examples.py",
@@ -113,7 +113,7 @@ RUN = [page for page in BLOCKS if list(lines(page))]
 
 @pytest.fixture
 def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A checkout with what a reader is told to have: COCO, photographs, a package with a cell of their own."""
+    """A checkout with what a reader is told to have: COCO and photographs."""
     for name in ("configs", "examples", "benchmarks", "results"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
@@ -141,9 +141,8 @@ def like_coco(root: Path) -> None:
             file = root / f"{kind}_{split}.json"
             if file.exists():
                 content = json.loads(file.read_text(encoding="utf-8"))
-                content["categories"] = (
-                    filled_up(content["categories"]) if kind == "panoptic" else content["categories"]
-                )
+                if kind == "panoptic":
+                    content["categories"] = filled_up(content["categories"])
                 (root / "annotations" / f"{kind}_{split}2017.json").write_text(json.dumps(content), encoding="utf-8")
                 file.unlink()
 
