@@ -291,7 +291,7 @@ def settled(lines: Iterable[Line], found: Iterable[Mapping[str, Any]]) -> str:
         every = [of[line["row"]] for line in seeds]
         cells = [
             [f"{line['seed']}" for line in seeds],
-            [f"{each['images']}" for each in every[:1]],
+            [f"{each['images']}" for each in every],
             [_share(each["f1_at_n"], 4) for each in every],
             [_share(each["f1_at_4n"], 4) for each in every],
             [f"{each['residual_at_4n']:.1e}" for each in every],

@@ -110,7 +110,7 @@ def small(method: str, side: int, steps: int, *, narrow: bool = False) -> dict[s
         warmup_steps=100,
         milestones=[0.6, 0.9],
     )
-    # Where shape alone tells the class, things are found after hours only.
+    # Where shape alone tells the class, few things are found in so many steps (results/panoptic).
     looks = {"objects": [3, 7], "looks": "coloured", "zoom": 1.6}
     source = thing("tasks.GeneratedShapes", size=side, train=4 * steps, val=200 if narrow else 100, **looks)
     data = {"batch_size": 4, "shortest": [side], "shortest_test": side, "longest": 2 * side}

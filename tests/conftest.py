@@ -23,7 +23,9 @@ def _alike(monkeypatch):
     """
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+    torch.use_deterministic_algorithms(False)
+    for name in ("CUBLAS_WORKSPACE_CONFIG", "PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture

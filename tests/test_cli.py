@@ -42,14 +42,9 @@ TINY_PANOPTIC = [
 
 
 @pytest.fixture(autouse=True)
-def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Work in an empty folder, and undo what a run sets for the whole process."""
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    for name in ("CUBLAS_WORKSPACE_CONFIG", "PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def complaint(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

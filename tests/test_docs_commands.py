@@ -1,14 +1,13 @@
 """The command lines of the documentation, really run, page by page and in their order, on a few small images.
 
-`small` appends what makes a line one of seconds: the line is the reader's, its sizes are not. A run that a page takes
-for granted is trained first. What has tests of its own is in `ELSEWHERE`, other programs in `OTHERS`; those lines are
-parsed (`test_docs_code.py`).
+`small` appends what makes a line one of seconds on one CPU: sizes, and what asks for several devices or bfloat16, are
+therefore not the reader's. A run that a page takes for granted is trained first. `crbp demo` and the launch files have
+tests of their own; lines of other programs are looked at in `test_docs_code.py`.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import socket
@@ -21,18 +20,9 @@ from PIL import Image
 
 from crbp.cli import main
 from crbp.data.panoptic import write_shapes
-from test_docs_code import BLOCKS, LAUNCHERS, ROOT, commands, files, filled
+from test_docs_code import BLOCKS, ROOT, commands, files, filled
 
 pytestmark = pytest.mark.slow
-
-# Here each of them would take minutes or a cluster.
-ELSEWHERE = {
-    "crbp demo": "demo/test_demo_command.py",
-    "python examples/graph_shortest_path.py": "test_examples.py",
-    "configs/launch/slurm.sh": "test_launch.py",
-    "configs/launch/torchrun.sh": "test_launch.py",
-}
-OTHERS = {"pip", "uv", "pytest", "tensorboard", "mkdocs", "export", "cd", ".ci/run", "python", "sha256sum"}
 
 TRAINER = {
     "max_steps": 2, "limit_train_batches": 2, "limit_val_batches": 1, "limit_test_batches": 1,
@@ -100,12 +90,10 @@ def small(words: list[str]) -> list[str]:
 
 
 def lines(page: str) -> Iterator[list[str]]:
-    """The command lines of a page that are run here."""
+    """The arguments of crbp in the command lines of a page that are run here."""
     for block in BLOCKS[page]:
         if block.kind == "sh":
-            for words in commands(block.code):
-                if not (words[0] in OTHERS or " ".join(words[:2]) in ELSEWHERE or set(words) & set(LAUNCHERS)):
-                    yield words
+            yield from (words[1:] for words in commands(block.code) if words[0] == "crbp" and words[1] != "demo")
 
 
 RUN = [page for page in BLOCKS if list(lines(page))]
@@ -118,10 +106,6 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    for variable in ("GRADIO_ANALYTICS_ENABLED", "HF_HUB_OFFLINE"):  # set by crbp app
-        monkeypatch.setenv(variable, os.environ.get(variable, ""))
-    monkeypatch.setattr("gradio.Blocks.block_thread", lambda blocks: None)  # which would wait for Ctrl+C
-    monkeypatch.setattr("webbrowser.open", lambda address: True)
     like_coco(tmp_path / "coco")
     for link in ("val2017", "annotations"):
         (tmp_path / link).symlink_to(tmp_path / "coco" / link)
@@ -169,13 +153,20 @@ def trained(words: list[str]) -> None:
 
 @pytest.mark.parametrize("page", RUN)
 @pytest.mark.filterwarnings("default")  # of the libraries, on two images
-def test_the_command_lines_of_a_page_run(page: str, desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_lines_of_a_page_run(
+    page: str, desk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if any(words[0] == "app" for words in lines(page)):
+        monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")  # as crbp app sets them
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        gradio = pytest.importorskip("gradio", reason="the extra app is not installed")
+        monkeypatch.setattr(gradio.Blocks, "block_thread", lambda blocks: None)  # which would wait for Ctrl+C
+        monkeypatch.setattr("webbrowser.open", lambda address: True)
     for words in lines(page):
-        assert words[0] == "crbp", f"{page}: {shlex.join(words)} is run nowhere; put it into ELSEWHERE or OTHERS"
         for block in BLOCKS[page]:
             if block.kind == "sh":
                 files(block)
-        given = given_names(words[1:])
+        given = given_names(words)
         trained(given)
         assert ended([*given, *small(given)]) == 0, f"{shlex.join(words)}\n{capsys.readouterr().err}"
         assert given[0] != "app" or "Open http://127.0.0.1:" in capsys.readouterr().out
@@ -199,17 +190,11 @@ def ended(words: list[str]) -> int:
         return int(done.code or 0)
 
 
-def test_what_is_tested_elsewhere_is() -> None:
-    for command, file in ELSEWHERE.items():
-        name = Path(command.split()[-1]).name
-        assert name in (ROOT / "tests" / file).read_text(encoding="utf-8"), file
-
-
 def test_the_table_of_the_page_is_what_compare_prints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (words,) = [words[1:] for words in lines("analysis.md") if "--images" in words]
+    (words,) = [words for words in lines("analysis.md") if "--images" in words]
     assert ended(words) == 0
     printed = [re.split(r"\s{2,}", line.strip()) for line in capsys.readouterr().out.splitlines()]
     page = (ROOT / "docs" / "analysis.md").read_text(encoding="utf-8")
@@ -218,4 +203,5 @@ def test_the_table_of_the_page_is_what_compare_prints(
     for name, *numbers in rows:
         (found,) = [cells[1:] for cells in printed if cells[0] == name]
         # Rounding differs between machines, and grows where the state does.
-        assert [float(cell) for cell in found] == pytest.approx([float(cell) for cell in numbers], rel=0.05)
+        within = {"abs": 0.002} if name.startswith("F1") else {"rel": 0.05}
+        assert [float(cell) for cell in found] == pytest.approx([float(cell) for cell in numbers], **within)

@@ -84,3 +84,14 @@ def test_the_pages_tell_the_demo_as_it_was_measured() -> None:
         f"{found['seconds']:.0f} s in all",
     ):
         assert piece in told
+
+
+def test_the_guide_tells_the_mini_row_as_it_was_measured() -> None:
+    half, whole = json.loads((ROOT / "results" / "panoptic" / "mini.json").read_text(encoding="utf-8"))["validation"]
+    told = " ".join((ROOT / "docs" / "panoptic.md").read_text(encoding="utf-8").split())
+    assert whole["optimiser_steps"] == 2 * half["optimiser_steps"] == 500
+    assert (
+        f"a PQ of {100 * half['pq']:.1f} percent on the 100 images of validation after {half['minutes']:.0f} minutes, "
+        f"all of them to {100 * whole['pq']:.1f} after {whole['minutes']:.0f} (things {100 * whole['pq_things']:.1f}, "
+        f"stuff {100 * whole['pq_stuff']:.1f}; seed 0"
+    ) in told

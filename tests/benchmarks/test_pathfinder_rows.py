@@ -156,6 +156,19 @@ def test_the_page_shows_the_rows_that_are_kept(results: Any, tmp_path: Path) -> 
     assert names == {file.stem for file in (folder / "weights").glob("*.safetensors")}
 
 
+def test_many_images_stand_beside_their_row(results: Any) -> None:
+    row = json.loads((results.ROOT / "results" / "pathfinder" / "rows" / "small9_hgru_crbp.json").read_text())["line"]
+    other = {**row, "row": f"{row['row']}_seed7", "seed": 7}
+    found = {"images": 40, "f1_at_n": 0.5, "f1_at_4n": 0.25, "residual_at_4n": 0.002, "radius_below_1": 39}
+    many = [
+        {"row": row["row"], **found, "radius_largest": 1.5},
+        {"row": other["row"], **found, "images": 60, "f1_at_n": 0.75, "radius_largest": 2.0},
+    ]
+    table = results.settled([other, {**row, "row": "not measured"}, row], many)
+    cells = ["9 dashes, C-RBP", "0, 7", "40, 60", ".5000, .7500", ".2500, .2500", "2.0e-03, 2.0e-03"]
+    assert table.splitlines()[2:] == [f"| {' | '.join(cells)} | 97.5%, 65.0% | 1.50, 2.00 |"]
+
+
 def test_seeds_stand_side_by_side(results: Any) -> None:
     row = json.loads((results.ROOT / "results" / "pathfinder" / "rows" / "small9_hgru_crbp.json").read_text())["line"]
     name = row["row"]

@@ -16,8 +16,8 @@ from tiny_contours import LEAF_SPEC, tiny_data, tiny_net, tiny_task, trainer
 
 from crbp.cli import main
 from crbp.models.panoptic._unpickle import CheckpointError, read_checkpoint
-from crbp.tasks import Origin, WeightsError, load_net, save_net
-from crbp.tasks.weights import load_trained, read_state, trusted_packages
+from crbp.tasks import Origin, PanopticSource, WeightsError, load_net, save_net
+from crbp.tasks.weights import build, load_trained, read_state, trusted_packages
 
 pytestmark = pytest.mark.filterwarnings(LEAF_SPEC)
 CONFIGS = Path(__file__).parents[2] / "configs" / "pathfinder"
@@ -167,6 +167,50 @@ def test_weights_hide_no_class_in_a_text(tmp_path: Path, monkeypatch: pytest.Mon
     save_net(tiny_net().state_dict(), tmp_path / "a.safetensors", described(text))
     with pytest.raises(WeightsError, match="read as a configuration of its own"):
         load_net(tmp_path / "a.safetensors")
+    assert not (tmp_path / "imported").exists()
+
+
+STRANGER = "import pathlib\npathlib.Path(__file__).with_name('imported').touch()\n\n\nclass Model:\n    pass\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("Coco", {"root": "stranger.Model", "val": "stranger.Model"}),
+        ("CocoSource", {"val": {"images": "stranger.Model", "panoptic": "file.yaml", "categories": "stranger.Model"}}),
+    ],
+)
+def test_a_text_that_crbp_takes_as_it_is_names_no_class(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, settings: Any
+) -> None:
+    (tmp_path / "stranger.py").write_text(STRANGER)
+    (tmp_path / "file.yaml").write_text("class_path: stranger.Model")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    described = {"class_path": f"crbp.tasks.{name}", "init_args": settings}
+    made: Any = build(PanopticSource, described, "the test's source")  # type: ignore[type-abstract]
+    assert "stranger.Model" in (made.val, getattr(made.val, "images", ""))
+    assert not (tmp_path / "imported").exists()
+
+
+@pytest.mark.parametrize("text", ["stranger.Model", '{"class_path": "stranger.Model"}', "file.yaml"])
+@pytest.mark.parametrize("name", ["categories", "images", "labels"])
+def test_a_text_of_a_class_of_another_trusted_package_may_name_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: str
+) -> None:
+    (tmp_path / "stranger.py").write_text(STRANGER)
+    (tmp_path / "file.yaml").write_text("class_path: stranger.Model")
+    (tmp_path / "mine_source.py").write_text(
+        "from typing import Any\n\nfrom crbp.tasks import PanopticSource\n\n\nclass Helper:\n    pass\n\n\n"
+        "class Mine(PanopticSource):\n"
+        "    def __init__(self, categories: Helper | None = None, images: Any = None, labels: str = ''): ...\n"
+        "    def split(self, name, transform): ...\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    described = {"class_path": "mine_source.Mine", "init_args": {name: text}}
+    with pytest.raises(WeightsError, match=r"read as a configuration of its own|has the class stranger"):
+        build(PanopticSource, described, "the test's source", trust=("crbp", "mine_source"))  # type: ignore[type-abstract]
     assert not (tmp_path / "imported").exists()
 
 

@@ -25,7 +25,6 @@ from crbp.errors import CrbpError, DivergenceError
 from crbp.models import RFPN
 from crbp.tasks import Origin, PanopticData, load_trained
 from crbp.tasks.panoptic import segments_info
-from crbp.tasks.panoptic_data import PATHS
 from crbp.tasks.weights import build
 
 FRAMES = 12  # pictures at most: each is a run of the whole network
@@ -63,7 +62,7 @@ def load_panoptic(file: Path, *, trust: Sequence[str] = ("crbp",)) -> Panoptic:
         raise CrbpError(f"{file} is of a {type(net).__name__}, which has no steps to change; give an R-FPN")
     if "data" not in origin.run:
         raise CrbpError(f"{file} does not say what it was trained on; give weights that crbp fit wrote")
-    data = build(PanopticData, origin.run["data"], f"the data of {file}", trust=trust, paths=PATHS)
+    data = build(PanopticData, origin.run["data"], f"the data of {file}", trust=trust)
     net.merged_only = True
     categories = _categories(file, origin, data)
     if (len(categories.things), len(categories.stuff)) != (net.things, net.stuff):

@@ -23,7 +23,6 @@ from crbp.tasks._resume import ResumableData
 from crbp.tasks.data import spare_cores
 from crbp.tasks.sampling import EpochSampler, ResumableLoader
 
-PATHS = frozenset({"root", "images", "panoptic", "labels", "instances", "categories"})  # parameters of what is below
 SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 Truth = tuple[Tensor, list[dict[str, Any]]]
 

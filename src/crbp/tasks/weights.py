@@ -6,12 +6,12 @@ import contextlib
 import importlib
 import json
 import re
-from collections.abc import Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, is_dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
-from typing import Any, TypeVar
+from types import ModuleType, UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import lightning.pytorch as pl
 import torch
@@ -140,28 +140,13 @@ def load_trained(path: str | Path, *, trust: Sequence[str] = ("crbp",)) -> tuple
 T = TypeVar("T")
 
 
-def build(
-    kind: type[T],
-    config: Mapping[str, Any],
-    what: str,
-    *,
-    trust: Sequence[str] = ("crbp",),
-    paths: Container[str] = (),
-) -> T:
+def build(kind: type[T], config: Mapping[str, Any], what: str, *, trust: Sequence[str] = ("crbp",)) -> T:
     """Make an object of a class below ``kind`` from ``{"class_path": …, "init_args": …}``.
-
-    Args:
-        kind: class.
-        config: what it is made from.
-        what: is made, for messages.
-        trust: packages whose classes may be named.
-        paths: parameters that name files. Only those that are plain texts to every class below ``kind`` may be among
-            them: they are not looked at as what could be a class, or a file to read one from.
 
     Raises:
         WeightsError: if a class outside the packages of ``trust`` is named, or ``what`` cannot be made.
     """
-    found = list(_texts(config, paths))
+    found = list(_texts(config))
     if hidden := next((text for text in found if _is_configuration(text)), None):
         raise WeightsError(f"{what} has the text {hidden[:80]!r}, which would be read as a configuration of its own")
     for name in (text.strip() for text in found if _DOTTED.fullmatch(text.strip())):
@@ -285,17 +270,55 @@ def read_state(path: Path) -> dict[str, Tensor]:
     return weights
 
 
-def _texts(config: Any, paths: Container[str]) -> Iterator[str]:
-    """Every text in a configuration but paths; any may name a class, under ``class_path`` or in place of that."""
+def _texts(config: Any) -> Iterator[str]:
+    """Every text in a configuration that may name a class, under ``class_path`` or in place of that.
+
+    What a class of crbp takes as a text and nothing else, such as the name of a file, cannot: it is not parsed.
+    """
     if isinstance(config, Mapping):
+        owner = _own_class(config.get("class_path"))
         for key, value in config.items():
-            if not (key in paths and isinstance(value, str)):
-                yield from _texts(value, paths)
+            if key == "init_args" and owner is not None and isinstance(value, Mapping):
+                yield from _texts_for(owner, value)
+            else:
+                yield from _texts(value)
     elif isinstance(config, list | tuple):
         for value in config:
-            yield from _texts(value, paths)
+            yield from _texts(value)
     elif isinstance(config, str):
         yield config
+
+
+def _texts_for(owner: type, arguments: Mapping[str, Any]) -> Iterator[str]:
+    try:
+        hints = get_type_hints(owner.__init__)  # type: ignore[misc]
+    except NameError:  # of a type that is imported for type checkers alone
+        hints = {}
+    for name, value in arguments.items():
+        hint = hints.get(name)
+        either = get_args(hint) if get_origin(hint) in (Union, UnionType) else [hint]
+        kinds = [kind for kind in either if kind is not type(None)]
+        if isinstance(value, str) and kinds == [str]:
+            continue
+        part = kinds[0] if len(kinds) == 1 and is_dataclass(kinds[0]) and isinstance(kinds[0], type) else None
+        if part is not None and _is_own(part) and isinstance(value, Mapping) and "class_path" not in value:
+            yield from _texts_for(part, value)
+        else:
+            yield from _texts(value)
+
+
+def _own_class(name: Any) -> type | None:
+    """The class of crbp that is named, if it is one."""
+    if not isinstance(name, str) or not _DOTTED.fullmatch(name) or _package(name, ("crbp",)) != "crbp":
+        return None
+    with contextlib.suppress(ImportError, AttributeError):
+        found = _resolved(name)
+        return found if isinstance(found, type) and _is_own(found) else None
+    return None
+
+
+def _is_own(kind: type) -> bool:
+    return kind.__module__.split(".")[0] == "crbp"
 
 
 def _is_configuration(text: str) -> bool:
