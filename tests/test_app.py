@@ -322,8 +322,8 @@ def test_a_panoptic_checkpoint_shows_an_image_after_each_step(tmp_path: Path) ->
     for frame in got:
         content = base64.b64decode(frame["source"].removeprefix("data:image/jpeg;base64,"))
         assert min(Image.open(io.BytesIO(content)).size) >= 480
-    with pytest.raises(ImageError, match="image 200 of validation is outside 0 to 199"):
-        picture_of(found, None, index=200)
+    with pytest.raises(ImageError, match="image 100 of validation is outside 0 to 99"):
+        picture_of(found, None, index=100)
     (tmp_path / "broken.png").write_bytes(b"no picture")
     with pytest.raises(ImageError, match=r"^broken\.png: the image cannot be read; choose a PNG"):
         picture_of(found, str(tmp_path / "broken.png"), index=0)
