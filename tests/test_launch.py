@@ -82,6 +82,7 @@ def test_a_slurm_job_signalled_before_its_end_saves_requeues_and_goes_on(tmp_pat
         assert run.wait(BOUND) == 0
     assert step_of(last) == reached + 2
     assert (tmp_path / "scontrol").read_text() == "requeue 4711\n"
+    assert "was not set" not in (tmp_path / "log").read_text()  # what Lightning says of a checkpoint at every saving
 
 
 @pytest.mark.slow

@@ -68,7 +68,7 @@ class LastCheckpoint(Checkpoint):
         """Save the state of this moment, on all processes; where it is."""
         self._saved = trainer.global_step
         self.path = last_checkpoint(trainer)
-        trainer.save_checkpoint(self.path)
+        trainer.save_checkpoint(self.path, weights_only=False)  # said, or Lightning logs each time that it was not
         return self.path
 
 
