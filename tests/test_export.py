@@ -109,7 +109,7 @@ def test_the_onnx_file_does_as_the_network(cell: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["pt2", pytest.param("onnx", marks=needs_onnx)])
 @pytest.mark.parametrize("name", ["small9_hgru_crbp", "small5_hgru_crbp_long"])
 def test_a_trained_network_traces_alike_as_a_file(name: str, kind: str, times: int, tmp_path: Path) -> None:
-    """Logits to 1e-5 of the largest, which is 10 to 16; probabilities to 1e-5."""
+    """Probabilities to 1e-5, and logits to 1e-5 of the largest, which is 10 to 17: as exact as the network's own."""
     net: Any = from_pretrained(name)
     preset: Any = name.split("_")[0]
     sample = Pathfinder(preset=preset, split="test", size=1, seed=0)[0]
@@ -119,6 +119,15 @@ def test_a_trained_network_traces_alike_as_a_file(name: str, kind: str, times: i
     assert (expected.argmax(dim=1)[0].bool() == sample["mask"]).float().mean() > 0.99  # it is a tracing of the contour
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
     torch.testing.assert_close(found.softmax(dim=1), expected.softmax(dim=1), rtol=0, atol=1e-5)
+    exact = logits(net.double(), image.double(), steps)
+    assert (found - exact).abs().max() < 4 * (expected - exact).abs().max()
+
+
+@pytest.mark.slow
+def test_in_float64_a_trained_network_traces_alike_once_exported() -> None:
+    net: Any = from_pretrained("small5_hgru_crbp_long").double()
+    image = Pathfinder(preset="small5", split="test", size=1, seed=0)[0]["image"][None].double()
+    torch.testing.assert_close(exported(net).module()(image), logits(net, image), rtol=0, atol=1e-10)
 
 
 @needs_onnx
