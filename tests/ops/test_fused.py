@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -188,6 +189,39 @@ def test_a_fused_cell_trains_like_an_ordinary_one(norm: Any) -> None:
         (run.state.square().sum() + 3 * crbp.lipschitz_penalty(run, bound=0.1)).backward()
         found.append((run.state.detach(), {name: parameter.grad for name, parameter in cell.named_parameters()}))
     torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.slow
+def test_what_is_compiled_in_the_first_step_serves_all_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the weights, the images and the number of steps; in evaluation as well."""
+    compiled, compile_ = [], module._compiled
+    monkeypatch.setattr(module, "_compiled", lambda *args: compiled.append(args) or compile_(*args))
+    torch.manual_seed(0)
+    cell = crbp.cells.HGRU(3, 5, norm="instance", fused=True)
+    evolve = crbp.Evolve(steps=4, gradient=crbp.RBP(crbp.Neumann(terms=3)))
+    optimiser = torch.optim.Adam(cell.parameters())
+
+    def step(steps: int) -> None:
+        drive = torch.randn(2, 3, 8, 8)
+        run = replace(evolve, steps=steps)(lambda h: cell(h, drive), torch.zeros_like(drive))
+        penalties = crbp.lipschitz_penalty(run), crbp.residual_penalty(run), crbp.spectral_penalty(run)
+        (run.state.square().mean() + sum(penalties)).backward()
+        optimiser.step()
+        optimiser.zero_grad()
+
+    def evaluate() -> None:
+        drive = torch.randn(2, 3, 8, 8)
+        with torch.no_grad():
+            crbp.spectral_radius(evolve(lambda h: cell(h, drive), torch.zeros_like(drive)))
+
+    step(4)
+    evaluate()
+    first = len(compiled)
+    assert first > 0
+    for steps in (4, 7, 12):
+        step(steps)
+        evaluate()
+    assert len(compiled) == first
 
 
 def test_without_a_compiler_it_says_so_once_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
