@@ -51,7 +51,7 @@ SKIPPED: set[tuple[str, int]] = set()  # pages and the places of the blocks in t
 
 # What stands in a line beside crbp; `python` is looked at further.
 OTHER_COMMANDS = {"pip", "uv", "pytest", "cd", "export", "python", "tensorboard", "sbatch", "sha256sum", "torchrun"}
-OTHER_COMMANDS |= {"mkdocs", ".ci/run"}  # those of contributors
+OTHER_COMMANDS |= {"mkdocs", ".ci/run", "source", "mkdir"}
 LAUNCHERS = ("configs/launch/slurm.sh", "configs/launch/torchrun.sh")
 PLACEHOLDER = {"--config": "configs/panoptic/mini_rfpn_crbp10.yaml"}  # of `--config …`
 

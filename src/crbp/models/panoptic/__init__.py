@@ -1,4 +1,4 @@
-"""Panoptic FPN and its recurrent variant R-FPN, built from torchvision's detection parts and equal to detectron2's."""
+"""Panoptic FPN and its recurrent variant R-FPN, built from torchvision's detection parts, set to do as detectron2's."""
 
 from importlib.util import find_spec
 
