@@ -39,9 +39,9 @@ def analyse(name: str, run: Path) -> bool:
     return True
 
 
-def accuracy(weights: Path, preset: str) -> list[float]:
+def accuracy(weights: Path, preset: str, split: str = "val") -> list[float]:
     """F1 on the images of a task after every step up to 4N; of a feed-forward net, its one."""
-    net, (image, mask) = load_net(weights), images(preset)
+    net, (image, mask) = load_net(weights), images(preset, split)
     if isinstance(net, PathfinderNet):
         return [float(f1) for f1 in follow(net, image, mask, steps=4 * net.evolve.steps).f1]
     with torch.no_grad():
@@ -50,9 +50,9 @@ def accuracy(weights: Path, preset: str) -> list[float]:
 
 
 @cache
-def images(preset: str) -> tuple[Tensor, Tensor]:
-    """Images and masks of a task, the ones that `crbp analyze` takes."""
-    return stacked(Generated(preset=preset).items("val", IMAGES, 0), IMAGES)
+def images(preset: str, split: str) -> tuple[Tensor, Tensor]:
+    """Images and masks of a task; of the validation split the ones that `crbp analyze` takes."""
+    return stacked(Generated(preset=preset).items(split, IMAGES, 0), IMAGES)
 
 
 if __name__ == "__main__":
