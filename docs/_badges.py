@@ -34,7 +34,7 @@ def stated() -> dict[str, str]:
     found = {}
     for place, name in enumerate(("Python", "torch")):
         versions = sorted({tuple(map(int, key[place].split(".")[:2])) for key in passed})
-        found[f"tested with {name}"] = " | ".join(".".join(map(str, version)) for version in versions)
+        found[f"core tested with {name}"] = " | ".join(".".join(map(str, version)) for version in versions)
     return {**found, "licence": project["license"], "typed": "mypy --strict"}
 
 

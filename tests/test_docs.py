@@ -47,7 +47,7 @@ def test_badges_state_what_is_so(load_script: Callable[[str], ModuleType]) -> No
     project = tomllib.loads((script.ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     assert project["tool"]["mypy"]["strict"] is True
     named = [each.rpartition(" ")[2] for each in project["project"]["classifiers"] if "Python :: 3" in each]
-    assert script.stated()["tested with Python"] == " | ".join(named)
+    assert script.stated()["core tested with Python"] == " | ".join(named)
     front = (script.ROOT / "README.md").read_text(encoding="utf-8")
     assert set(re.findall(r"docs/images/(badge_\w+\.svg)", front)) == set(drawn)
 
