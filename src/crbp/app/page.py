@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 import gradio as gr
 
 from crbp.app.compare import follow_one, radii, radii_steps, shown
-from crbp.app.images import FRAMES, SIZES, Picture, drawn, made, uploaded
+from crbp.app.images import FRAMES, SEED, SIZES, Picture, drawn, made, uploaded
 from crbp.app.models import Models
 from crbp.errors import CrbpError
 
@@ -126,7 +126,7 @@ def _settings() -> list[Any]:
         gr.Slider(0, 20, value=6, step=1, label="Distractors", elem_id="distractors"),
         gr.Slider(1, 8, value=3, step=1, label="Dashes of a distractor"),
         gr.Slider(1, 8, value=2.2, step=0.1, label="Straightness"),
-        gr.Number(0, minimum=0, maximum=2**53 - 1, precision=0, label="Seed", elem_id="seed"),
+        gr.Number(SEED, minimum=0, maximum=2**53 - 1, precision=0, label="Seed", elem_id="seed"),
     ]
 
 
