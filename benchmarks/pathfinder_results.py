@@ -47,6 +47,7 @@ METHODS = {
 COLOURS = dict(zip(METHODS, ("#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#CC79A7", "#999999", "#000000"), strict=True))
 LATE = {
     "long": "cured", "fixed": "cured, number of steps fixed", "plain": "penalty alone", "published": "as published",
+    "published_5x": "as published, 72 000 images",
 }  # fmt: skip
 VARIANTS = {
     "k3": "3×3 kernels", "k5": "5×5 kernels", "k9": "9×9 kernels", "gmres": "solved by GMRES",
@@ -402,7 +403,7 @@ def training(rows: Sequence[Row]) -> Figure:
 
 def late(rows: Sequence[Row]) -> Figure:
     """The same for C-RBP trained on for long, with what keeps it stable and without, every seed."""
-    colours = dict(zip(LATE, ("#0072B2", "#009E73", "#E69F00", "#D55E00"), strict=True))
+    colours = dict(zip(LATE, ("#0072B2", "#009E73", "#E69F00", "#D55E00", "#CC79A7"), strict=True))
     shown = [(row, colours[row.line["variant"]]) for row in rows if row.line["variant"] in LATE]
     figure = _through_training(shown)
     found = {row.line["variant"] for row, _ in shown}

@@ -156,6 +156,17 @@ def test_the_page_shows_the_rows_that_are_kept(results: Any, tmp_path: Path) -> 
     assert names == {file.stem for file in (folder / "weights").glob("*.safetensors")}
 
 
+def test_the_rows_that_are_kept_are_those_of_their_configurations(script: Any, results: Any) -> None:
+    """As many images, steps and parts of a batch: what a reader gets who trains the row again."""
+    for line in csv.DictReader((results.ROOT / "results" / "pathfinder" / "table.csv").read_text().splitlines()):
+        name = line["row"].removesuffix(f"_seed{line['seed']}")
+        config = yaml.safe_load((script.CONFIGS / f"{name}.yaml").read_text())
+        data, net = config["data"]["init_args"], config["model"]["init_args"]["net"]["init_args"]
+        assert int(line["images"]) == data["train_size"] * config["trainer"]["max_epochs"], name
+        assert int(line["batch"]) == data["batch_size"], name
+        assert line["steps"] == str(net["evolve"]["steps"] if "evolve" in net else ""), name
+
+
 def test_many_images_stand_beside_their_row(results: Any) -> None:
     row = json.loads((results.ROOT / "results" / "pathfinder" / "rows" / "small9_hgru_crbp.json").read_text())["line"]
     other = {**row, "row": f"{row['row']}_seed7", "seed": 7}
