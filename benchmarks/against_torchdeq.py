@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -47,14 +47,12 @@ METHODS: dict[str, tuple[crbp.GradientMethod, dict[str, Any]]] = {
 }
 
 
+@dataclass(frozen=True)
 class Task:
-    """A loss where a run of a step ends, and its gradient in all parameters."""
+    """A loss of where a run of a step ends, and what its gradient is taken in."""
 
     net: Any
-
-    def loss(self, run: Run) -> Tensor:
-        """The loss, the step run as asked."""
-        raise NotImplementedError
+    loss: Callable[[Run], Tensor]
 
     def gradient(self, loss: Callable[[], Tensor]) -> Tensor:
         """Of all parameters, as one vector."""
@@ -63,32 +61,24 @@ class Task:
         return torch.cat([p.grad.flatten() for p in self.net.parameters() if p.grad is not None])
 
 
-class Settled(Task):
+def settled() -> Task:
     """The step of docs/migrate.md."""
-
-    def __init__(self) -> None:
-        torch.manual_seed(0)
-        self.net, self.x = torch.nn.Linear(8, 8).double(), torch.randn(4, 8).double()
-
-    def loss(self, run: Run) -> Tensor:
-        """The square of the state."""
-        return run(lambda z: torch.tanh(self.net(z) / 2 + self.x), torch.zeros_like(self.x)).square().sum()
+    torch.manual_seed(0)
+    net, x = torch.nn.Linear(8, 8).double(), torch.randn(4, 8).double()
+    return Task(net, lambda run: run(lambda z: torch.tanh(net(z) / 2 + x), torch.zeros_like(x)).square().sum())
 
 
-class Traced(Task):
+def traced(dtype: torch.dtype) -> Task:
     """Contours traced by the trained network on two images."""
+    net: Any = from_pretrained(NETWORK).to(dtype)
+    net.cell.fused = False
+    image, mask = stacked(Generated(preset=PRESET).items("val", 2, 0), 2)
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.net: Any = from_pretrained(NETWORK).to(dtype)
-        self.net.cell.fused = False
-        image, self.mask = stacked(Generated(preset=PRESET).items("val", 2, 0), 2)
-        self.image = image.to(dtype)
+    def loss(run: Run) -> Tensor:
+        drive = net.drive(image.to(dtype))
+        return focal_loss(net.read(run(lambda h: net.cell(h, drive), net.cell.initial_state(drive))), mask)
 
-    def loss(self, run: Run) -> Tensor:
-        """The focal loss."""
-        drive = self.net.drive(self.image)
-        state = run(lambda h: self.net.cell(h, drive), self.net.cell.initial_state(drive))
-        return focal_loss(self.net.read(state), self.mask)
+    return Task(net, loss)
 
 
 def ours(task: Task, method: str) -> Tensor:
@@ -105,12 +95,12 @@ def theirs(task: Task, method: str) -> Tensor:
 
 def measure(repeats: int) -> dict[str, Any]:
     """Of each method the difference of the gradients, the seconds of both and the bytes that both keep."""
-    usual = Traced(torch.float32)
+    usual = traced(torch.float32)
     found: dict[str, Any] = {}
     for method in METHODS:
         apart = {
             name: relative(*(task.gradient(partial(loss, task, method)) for loss in (ours, theirs)))
-            for name, task in {"settled": Settled(), "traced": Traced(torch.float64)}.items()
+            for name, task in {"settled": settled(), "traced": traced(torch.float64)}.items()
         }
         both = {"crbp": partial(ours, usual, method), "torchdeq": partial(theirs, usual, method)}
         kept = {}
@@ -152,9 +142,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what torchdeq imports
-        found = measure(options.repeats)
+    found = measure(options.repeats)
     what = {"network": NETWORK, "steps": STEPS, "terms": TERMS, "torchdeq": version("torchdeq")}
     options.out.write_text(json.dumps({**what, "methods": found, "environment": environment()}, indent=2) + "\n")
     if options.out == RESULT:

@@ -2,8 +2,7 @@
 
     python benchmarks/gradient_cost.py      # five minutes of one core; sets the tables of docs/choose-gradient.md
 
-The networks take turns. The table has the fastest turn of each method over that of BPTT: of these something else on the
-machine disturbed least. Seconds are of forward and backward pass of the hGRU on random images, without an optimiser;
+The networks take turns. Seconds are of forward and backward pass of the hGRU on random images, without an optimiser;
 what autograd keeps is in `results/speed/memory.json`, by `crbp bench --only memory`.
 """
 
@@ -63,9 +62,8 @@ def tables(folder: Path) -> dict[str, str]:
     """Seconds, as a multiple of BPTT's at the same number of steps, and MiB kept, of each method."""
     steps = json.loads((folder / "gradients.json").read_text())["steps"]
     kept = json.loads((folder / "memory.json").read_text())["parts"]["memory"]["methods"]
-    fastest = {name: {method: row["seconds"]["min"] for method, row in rows.items()} for name, rows in steps.items()}
     times = [
-        [title, *(f"{fastest[str(count)][method] / fastest[str(count)]['BPTT']:.2f}" for count in COUNTS)]
+        [title, *(f"{steps[str(count)][method]['over_bptt']['median']:.2f}" for count in COUNTS)]
         for method, title in CALLED.items()
     ]
     saved = [

@@ -31,14 +31,15 @@ def measured(file: Path) -> dict[str, object]:
     n = net.evolve.steps if isinstance(net, PathfinderNet) else 1
     f1 = accuracy(file, preset, "test")
     line = {"test_f1_at_n": f"{f1[n - 1]:.5f}", "test_f1_at_4n": f"{f1[-1]:.5f}" if len(f1) > 1 else ""}
-    return {"row": file.stem, "images": IMAGES, **line, **{key: environment()[key] for key in ("commit", "processor")}}
+    made = environment()
+    return {"row": file.stem, "images": IMAGES, **line, "commit": made["commit"], "processor": made["processor"]}
 
 
-def apart(folder: Path) -> dict[str, float]:
+def apart(measured: Path) -> dict[str, float]:
     """F1 on the test split minus that of the table of rows, at N and at 4N: mean, least and largest."""
     test, val = (
-        {line["row"]: line for line in csv.DictReader((folder / name).read_text().splitlines())}
-        for name in ("held_out.csv", "table.csv")
+        {line["row"]: line for line in csv.DictReader(file.read_text().splitlines())}
+        for file in (measured, FOLDER / "table.csv")
     )
     found = {}
     for at in ("n", "4n"):
@@ -47,6 +48,8 @@ def apart(folder: Path) -> dict[str, float]:
             for row, line in test.items()
             if line[f"test_f1_at_{at}"]
         ]
+        if not differences:
+            continue
         found |= {
             f"mean_at_{at}": sum(differences) / len(differences),
             f"least_at_{at}": min(differences),
@@ -65,16 +68,17 @@ def main() -> None:
     lines = {}
     if options.out.exists():
         lines = {line["row"]: line for line in csv.DictReader(options.out.read_text().splitlines())}
-    for file in sorted((FOLDER / "weights").glob("*.safetensors")):
-        if any(fnmatch(file.stem, row) for row in options.rows):
-            lines[file.stem] = {key: str(value) for key, value in measured(file).items()}
-            with options.out.open("w", newline="") as out:
-                writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(lines[name] for name in sorted(lines))
-            print(lines[file.stem], flush=True)
-    if options.out.parent == FOLDER:
-        print(apart(FOLDER))
+    kept = sorted((FOLDER / "weights").glob("*.safetensors"))
+    if not (files := [file for file in kept if any(fnmatch(file.stem, row) for row in options.rows)]):
+        raise SystemExit(f"no kept row is called {' or '.join(options.rows)}; {FOLDER / 'weights'} has them")
+    for file in files:
+        lines[file.stem] = {key: str(value) for key, value in measured(file).items()}
+        with options.out.open("w", newline="") as out:
+            writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(lines[name] for name in sorted(lines))
+        print(lines[file.stem], flush=True)
+    print(apart(options.out))
 
 
 if __name__ == "__main__":

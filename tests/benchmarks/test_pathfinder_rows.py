@@ -157,7 +157,7 @@ def test_the_page_shows_the_rows_that_are_kept(results: Any, tmp_path: Path) -> 
 
 
 def test_the_rows_that_are_kept_are_those_of_their_configurations(script: Any, results: Any) -> None:
-    """As many images, steps and parts of a batch: what a reader gets who trains the row again."""
+    """As many images, in a batch and in all, and steps: what a reader gets who trains the row again."""
     for line in csv.DictReader((results.ROOT / "results" / "pathfinder" / "table.csv").read_text().splitlines()):
         name = line["row"].removesuffix(f"_seed{line['seed']}")
         config = yaml.safe_load((script.CONFIGS / f"{name}.yaml").read_text())

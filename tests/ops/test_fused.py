@@ -10,6 +10,7 @@ from torch import Tensor
 
 import crbp
 from crbp import ops
+from crbp.cells import hgru
 from crbp.ops import fused as module
 
 pytestmark = [
@@ -194,6 +195,7 @@ def test_a_fused_cell_trains_like_an_ordinary_one(norm: Any) -> None:
 @pytest.mark.slow
 def test_what_is_compiled_in_the_first_step_serves_all_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the weights, the images and the number of steps; in evaluation as well."""
+    hgru.stages.cache_clear()  # of other tests
     compiled, compile_ = [], module._compiled
     monkeypatch.setattr(module, "_compiled", lambda *args: compiled.append(args) or compile_(*args))
     torch.manual_seed(0)
