@@ -141,14 +141,16 @@ def test_the_command_writes_onnx(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "2 steps" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["small5_hgru_bptt_k3", "small5_hgru_crbp_k3"])
 def test_the_command_writes_torch_export(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Of a network of either gradient, without a warning."""
     monkeypatch.chdir(tmp_path)
-    assert main(["export", str(SHIPPED), "--steps", "2"]) == 0
-    told = r"small5_hgru_bptt_k3\.pt2: 2 steps, images of any size; differs by \de[+-]\d\d of the network.*"
+    assert main(["export", str(SHIPPED.with_name(f"{name}.safetensors")), "--steps", "2"]) == 0
+    told = name + r"\.pt2: 2 steps, images of any size; differs by \de[+-]\d\d of the network.*"
     assert re.fullmatch(told, capsys.readouterr().out.rstrip())
-    assert (tmp_path / "small5_hgru_bptt_k3.pt2").is_file()
+    assert (tmp_path / f"{name}.pt2").is_file()
 
 
 def test_a_file_that_does_otherwise_is_not_written(
