@@ -85,7 +85,7 @@ def _rows(found: Analysis) -> list[tuple[str, str]]:
         (f"Lipschitz coefficient penalty after {n} and {last} steps", _two(found)),
     ]
     share = f"{numbers['stable_share']:.0%}"
-    rows.append((f"images whose spectral radius after {last} steps is below 1", share))
+    rows.append((f"images of spectral radius below 1 after {last} steps", share))
     rows += _memory_rows(found)
     if found.states is None:
         return [*rows, ("states", "not finite")]
@@ -96,7 +96,7 @@ def _rows(found: Analysis) -> list[tuple[str, str]]:
     return [
         *rows,
         (f"median distance from step {n} to step {last}, of the state", f"{found.states.moved.median():.2g}"),
-        (f"Kolmogorov-Smirnov statistic of axes 1 and 2, {n} to {last}", f"{statistic} (p = {p_value})"),
+        (f"Kolmogorov-Smirnov, axes 1 and 2, {n} to {last}", f"{statistic} (p = {p_value})"),
     ]
 
 
@@ -109,7 +109,7 @@ def _memory_rows(found: Analysis) -> list[tuple[str, str]]:
     rows = []
     for steps in (found.trained, 4 * found.trained):
         own, bptt = (each[memory.steps.index(steps)] / 2**20 for each in (memory.own, memory.bptt))
-        rows.append((f"MiB kept to train on one image, {steps} steps, not fused", f"{own:.1f} (BPTT {bptt:.1f})"))
+        rows.append((f"MiB kept for one image, {steps} steps, not fused", f"{own:.1f} (BPTT {bptt:.1f})"))
     return rows
 
 

@@ -206,7 +206,7 @@ def _rows(found: dict[str, Measured], entries: dict[str, Entry]) -> list[list[st
         ("relative residual at 4N", "residual_at_4n", "{:.1e}"),
         ("Lipschitz coefficient penalty at 4N", "penalty_at_4n", "{:.1e}"),
         ("median spectral radius at 4N", "median_radius", "{:.3f}"),
-        ("images whose spectral radius at 4N is below 1", "stable_share", "{:.0%}"),
+        ("images of spectral radius below 1 at 4N", "stable_share", "{:.0%}"),
     ]
     rows = [["", *found], ["trained on", *(entry.task or "not known" for entry in entries.values())]]
     for label, key, form in measures:
@@ -214,7 +214,7 @@ def _rows(found: dict[str, Measured], entries: dict[str, Entry]) -> list[list[st
         rows.append([label, *("not finite" if value is None else form.format(value) for value in values)])
     for when in ("n", "4n"):
         kept = [f"{numbers[name][f'memory_bytes_at_{when}'] / 2**20:.1f}" for name in found]
-        rows.append([f"MiB kept to train on one image, {when.upper()} steps, not fused", *kept])
+        rows.append([f"MiB kept for one image, {when.upper()} steps, not fused", *kept])
     return rows
 
 
