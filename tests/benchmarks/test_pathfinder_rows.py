@@ -167,6 +167,18 @@ def test_the_rows_that_are_kept_are_those_of_their_configurations(script: Any, r
         assert line["steps"] == str(net["evolve"]["steps"] if "evolve" in net else ""), name
 
 
+def test_every_kept_row_was_measured_on_the_test_split(results: Any, load_script: Callable[[str], ModuleType]) -> None:
+    script = load_script("benchmarks/held_out.py")
+    rows = [line["row"] for line in csv.DictReader((script.FOLDER / "held_out.csv").read_text().splitlines())]
+    assert rows == sorted(file.stem for file in (results.ROOT / "results/pathfinder/weights").glob("*.safetensors"))
+    page = " ".join((script.FOLDER / "README.md").read_text().split())
+    found = script.apart(script.FOLDER / "held_out.csv")
+    for at, digits in {"mean": 4, "least": 3, "largest": 3}.items():
+        for when in ("n", "4n"):
+            said = f"{found[f'{at}_at_{when}']:+.{digits}f}".replace("0.", ".", 1)
+            assert said in page, f"{at} at {when} is {said}"
+
+
 def test_many_images_stand_beside_their_row(results: Any) -> None:
     row = json.loads((results.ROOT / "results" / "pathfinder" / "rows" / "small9_hgru_crbp.json").read_text())["line"]
     other = {**row, "row": f"{row['row']}_seed7", "seed": 7}
