@@ -23,7 +23,7 @@ import crbp
 from crbp.analysis import evidential_uncertainty, follow, reaction_time
 from crbp.app import images
 from crbp.app.compare import Model, follow_one, load_recurrent, radii, radii_steps, shown
-from crbp.app.images import FRAMES, SEED, ImageError, drawn, made, uploaded
+from crbp.app.images import FIRST, FRAMES, ImageError, drawn, made, uploaded
 from crbp.app.models import DEFAULTS, Models
 from crbp.cli import main
 from crbp.errors import CrbpError
@@ -80,8 +80,7 @@ def test_settings_that_make_no_image_are_told_with_the_remedy(setting: str, valu
 
 def test_the_two_models_part_on_the_first_image() -> None:
     """As docs/app.md tells."""
-    first = {"frame": FRAME, "length": 9, "distractors": 6, "distractor_length": 3, "straightness": 2.2, "seed": SEED}
-    f1 = {name: follow_one(load_recurrent(shipped()[name]), made(**first), steps=48).f1 for name in DEFAULTS}
+    f1 = {name: follow_one(load_recurrent(shipped()[name]), made(**FIRST), steps=48).f1 for name in DEFAULTS}
     ends = {name: [round(float(each[step - 1]), 2) for step in (12, 48)] for name, each in f1.items()}
     assert ends["small9_hgru_crbp"] == [1, 1]
     assert float(f1["small9_hgru_bptt"][5]) == 1

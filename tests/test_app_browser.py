@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 from crbp.app.compare import follow_one, load_recurrent
-from crbp.app.images import FRAMES, SEED, made
+from crbp.app.images import FIRST, made
 from crbp.cli import main
 from crbp.hub import shipped
 
@@ -216,7 +216,7 @@ def test_another_image_takes_the_next_seed(page: Page) -> None:
     page.locator("#another").click()
     traced(page, before)
     assert pictures(page)[0] != image
-    assert page.locator("#seed input").input_value() == str(SEED + 1)
+    assert page.locator("#seed input").input_value() == str(FIRST["seed"] + 1)
 
 
 def test_an_evidential_model_shows_its_uncertainty_and_reaction_times(page: Page) -> None:
@@ -226,7 +226,7 @@ def test_an_evidential_model_shows_its_uncertainty_and_reaction_times(page: Page
     choose(page, "Left", names[0])
     page.locator("#make").click()
     traced(page, before)
-    picture = made(frame=next(iter(FRAMES)), length=9, distractors=6, distractor_length=3, straightness=2.2, seed=SEED)
+    picture = made(**FIRST)
     wanted = [follow_one(load_recurrent(shipped()[name]), picture, steps=48) for name in names]
     assert player.locator(".maps figcaption strong").all_inner_texts() == names
     assert all(old != new for old, new in zip(maps, pictures(page, ".maps"), strict=True))  # they share their scale
@@ -245,7 +245,7 @@ def test_settings_without_an_image_give_a_message(page: Page) -> None:
     page.locator("#length input[type=number]").fill("25")
     page.locator("#make").click()
     told = message(page)
-    assert f"do not fit into the picture of seed {SEED}; choose fewer or shorter ones, or another seed" in told
+    assert f"do not fit into the picture of seed {FIRST['seed']}; choose fewer or shorter ones, or another seed" in told
 
 
 def test_a_drawing_is_traced(page: Page) -> None:
@@ -339,7 +339,7 @@ def test_a_bad_upload_gives_a_message_and_a_good_one_a_trace(page: Page, tmp_pat
     page.locator("#upload").click()
     page.get_by_text("broken.png: the image cannot be read; choose a PNG").wait_for()
     before = number(page)
-    picture = made(frame=next(iter(FRAMES)), length=9, distractors=6, distractor_length=3, straightness=2.2, seed=5)
+    picture = made(**{**FIRST, "seed": 5})
     Image.fromarray((picture.image[0, 0] * 255).byte().numpy()).save(tmp_path / "good.png")
     page.get_by_label("Remove this file").or_(page.get_by_label("Clear")).first.click()
     page.locator("#file input[type=file]").set_input_files(tmp_path / "good.png")

@@ -22,7 +22,10 @@ from crbp.errors import CrbpError
 
 SIZES = (32, 160)  # least and most pixels of a side
 FRAMES = {"48 × 48, as the models were trained": "small9", "150 × 150, as published": "pf14"}
-SEED = 2  # of the first image: one on which the two models that come first part after N
+# Of the first image: one on which the two models that come first part after N.
+FIRST: dict[str, Any] = {
+    "frame": next(iter(FRAMES)), "length": 9, "distractors": 6, "distractor_length": 3, "straightness": 2.2, "seed": 2,
+}  # fmt: skip
 
 _SAMPLES = 8  # per pixel and axis of a drawing
 _STROKES, _POINTS = 64, 4096  # the most of a drawing

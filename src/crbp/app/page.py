@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 import gradio as gr
 
 from crbp.app.compare import follow_one, radii, radii_steps, shown
-from crbp.app.images import FRAMES, SEED, SIZES, Picture, drawn, made, uploaded
+from crbp.app.images import FIRST, FRAMES, SIZES, Picture, drawn, made, uploaded
 from crbp.app.models import Models
 from crbp.errors import CrbpError
 
@@ -97,7 +97,6 @@ def _contours(blocks: gr.Blocks, models: Models) -> None:
             late = gr.HTML("", elem_id="late")
     compare = _Comparison(models)
     wire = _Wiring(pair=pair, player=player, radii=late, state=state, find=compare.radii)
-    names = ("frame", "length", "distractors", "distractor_length", "straightness", "seed")
 
     def starting(picture: Callable[..., Picture]) -> Callable[..., tuple[str, _Shown]]:
         @_told
@@ -107,7 +106,7 @@ def _contours(blocks: gr.Blocks, models: Models) -> None:
 
         return start
 
-    from_settings = starting(lambda *given: made(**dict(zip(names, given, strict=True))))
+    from_settings = starting(lambda *given: made(**dict(zip(FIRST, given, strict=True))))
     next_seed = other.click(lambda seed: int(seed or 0) + 1, settings[-1], settings[-1], show_progress="hidden")
     wire(blocks.load, from_settings, settings)
     wire(make.click, from_settings, settings)
@@ -120,13 +119,14 @@ def _contours(blocks: gr.Blocks, models: Models) -> None:
 
 
 def _settings() -> list[Any]:
+    """What `made` is given, in the order of `FIRST`."""
     return [
-        gr.Dropdown(list(FRAMES), value=next(iter(FRAMES)), label="Picture"),
-        gr.Slider(2, 25, value=9, step=1, label="Contour length, in dashes", elem_id="length"),
-        gr.Slider(0, 20, value=6, step=1, label="Distractors", elem_id="distractors"),
-        gr.Slider(1, 8, value=3, step=1, label="Dashes of a distractor"),
-        gr.Slider(1, 8, value=2.2, step=0.1, label="Straightness"),
-        gr.Number(SEED, minimum=0, maximum=2**53 - 1, precision=0, label="Seed", elem_id="seed"),
+        gr.Dropdown(list(FRAMES), value=FIRST["frame"], label="Picture"),
+        gr.Slider(2, 25, value=FIRST["length"], step=1, label="Contour length, in dashes", elem_id="length"),
+        gr.Slider(0, 20, value=FIRST["distractors"], step=1, label="Distractors", elem_id="distractors"),
+        gr.Slider(1, 8, value=FIRST["distractor_length"], step=1, label="Dashes of a distractor"),
+        gr.Slider(1, 8, value=FIRST["straightness"], step=0.1, label="Straightness"),
+        gr.Number(FIRST["seed"], minimum=0, maximum=2**53 - 1, precision=0, label="Seed", elem_id="seed"),
     ]
 
 
