@@ -369,7 +369,13 @@ def test_the_panoptic_tab(page: Page) -> None:
     assert page.get_by_text("It knows disc, square,").is_visible()
     page.locator("#segment").click()
     page.wait_for_selector("crbp-frames[data-ready]")
-    page.locator("crbp-frames input[type=range]").press("End")
+    bar, place = page.locator("crbp-frames input[type=range]"), page.locator("crbp-frames output")
+    bar.press("Home")
+    for step in range(1, 4):  # each of them
+        assert place.inner_text() == f"t = {step} of 40"
+        bar.press("ArrowRight")
+    bar.press("End")
+    assert place.inner_text() == "t = 40 of 40"
     assert page.locator("crbp-frames figcaption").inner_text().endswith("of stuff")
     photograph(page, "app_panoptic")
 

@@ -203,7 +203,7 @@ def _into(points: list[tuple[int, float, bool]], run: Iterator[tuple[int, float,
 
 
 def _panoptic(panoptic: Panoptic) -> None:
-    from crbp.app.panoptic import frames, picture_of, steps_shown
+    from crbp.app.panoptic import frames, picture_of
 
     trained = panoptic.net.steps
     with gr.Row(equal_height=False):
@@ -218,11 +218,11 @@ def _panoptic(panoptic: Panoptic) -> None:
 
     @_told
     def segment(file: str | None, index: int, last: int, progress: gr.Progress = gr.Progress()) -> str:  # noqa: B008
-        wanted, done = steps_shown(int(last)), []
+        wanted, done = int(last), []
         picture = picture_of(panoptic, file, index=int(index))
         for frame in frames(panoptic, picture, steps=wanted):
             done.append(frame)
-            progress((len(done), len(wanted)), desc=f"step {frame['t']} of {wanted[-1]}")
+            progress((len(done), wanted), desc=f"step {len(done)} of {wanted}")
         return _element("crbp-frames", {"trained": trained, "frames": done})
 
     start.click(segment, [file, index, last], player, concurrency_limit=1, api_visibility="private")

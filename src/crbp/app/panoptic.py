@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from crbp._temporarily import temporarily
 from crbp._torch_file import load_plain
 from crbp.analysis.overlay import overlay
 from crbp.app.images import ImageError
@@ -26,8 +25,6 @@ from crbp.models import RFPN
 from crbp.tasks import Origin, PanopticData, load_trained
 from crbp.tasks.panoptic import segments_info
 from crbp.tasks.weights import build
-
-FRAMES = 12  # pictures at most: each is a run of the whole network
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,17 +98,12 @@ def picture_of(found: Panoptic, file: str | None, *, index: int, name: str | Non
         raise ImageError(f"{what}: {error.what.split(' (', 1)[0]}; {remedy}") from error
 
 
-def steps_shown(last: int) -> list[int]:
-    """At most `FRAMES` steps from 1 to the last, evenly spaced."""
-    return sorted({round(step) for step in np.linspace(1, last, min(last, FRAMES)).tolist()})
-
-
 @torch.no_grad()
-def frames(found: Panoptic, image: Image.Image, *, steps: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """What the network sees after each number of steps: a picture as the page takes it, and what is in it.
+def frames(found: Panoptic, image: Image.Image, *, steps: int) -> Iterator[dict[str, Any]]:
+    """What the network sees after each of so many steps: a picture as the page takes it, and what is in it.
 
     Raises:
-        ImageError: if the state is not finite after so many steps.
+        ImageError: once the state is not finite.
     """
     size = (image.height, image.width)
     view = found.resize.view(*size, epoch=0, index=0)
@@ -120,9 +112,7 @@ def frames(found: Panoptic, image: Image.Image, *, steps: Sequence[int]) -> Iter
     names = {category: of.name(category) for category in (*of.things, *of.stuff)}
     colours = {category: of.colour(category) for category in names}
     try:
-        for step in steps:
-            with temporarily(found.net, steps=step):
-                (result,) = found.net([pixels], sizes=[size])
+        for step, (result,) in enumerate(found.net.unroll([pixels], steps=steps, sizes=[size]), start=1):
             listed = segments_info(result, of)
             drawn = overlay(np.asarray(image), result.panoptic.numpy(), listed, names, colours)
             things = sum(segment["isthing"] for segment in result.segments)

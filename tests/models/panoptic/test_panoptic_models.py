@@ -274,6 +274,36 @@ def test_steps_of_instances_are_in_the_results():
     assert (result.steps <= 4).all()
 
 
+@pytest.mark.parametrize("score", [0.0, 1.0], ids=["found", "nothing found"])
+def test_unrolled_it_is_the_model_after_each_number_of_steps(score: float) -> None:
+    images, sizes = [tiny_image(), tiny_image(50, 60)], [(64, 64), (100, 120)]
+    model = _rfpn(tolerance=0.9, boxes=replace(tiny_settings()["boxes"], score=score)).eval()
+    unrolled = list(model.unroll(images, steps=6, sizes=sizes))
+    assert model.steps == 4
+    assert len(unrolled) == 6
+    model.mask_head.tolerance = None
+    for taken, results in enumerate(unrolled, start=1):
+        model.steps = taken
+        for result, wanted in zip(results, model(images, sizes=sizes), strict=True):
+            assert (len(result.labels) > 0) == (score == 0)
+            for name in ("panoptic", "boxes", "scores", "labels", "masks"):
+                assert torch.equal(getattr(result, name), getattr(wanted, name))
+            assert result.segments == wanted.segments
+            assert result.steps is None
+
+
+def test_unrolling_refuses_training_and_tells_of_divergence() -> None:
+    model = _rfpn()
+    with pytest.raises(ValueError, match=r"call eval\(\) first"):
+        next(model.unroll([tiny_image()]))
+    model.eval()
+    with pytest.raises(ValueError, match=r"steps .* not 0"):
+        next(model.unroll([tiny_image()], steps=0))
+    assert len(list(model.unroll([tiny_image()]))) == model.steps
+    with pytest.raises(crbp.DivergenceError, match="not finite within 1 steps"):
+        next(model.mask_head.unroll(torch.full((1, 32, 6, 6), math.nan), steps=2))
+
+
 def _saved(head: RecurrentMaskHead, steps: int) -> int:
     pooled = _pooled()
     head.steps = steps

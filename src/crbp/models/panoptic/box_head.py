@@ -187,12 +187,15 @@ class InstanceHeads(RoIHeads):
         chunk = self.chunk or max(len(pooled), 1)
         for rows, classes in zip(torch.split(pooled, chunk), torch.split(labels, chunk), strict=True):
             seen = self.mask_head(rows)
-            logits = self.mask_predictor(seen.features)
-            own = logits[torch.arange(len(rows), device=rows.device), classes]
-            probabilities.append(at_least_float32(own).sigmoid())
+            probabilities.append(self.probabilities(seen.features, classes))
             steps.append(seen.steps)
         taken = [each for each in steps if each is not None]
         return torch.cat(probabilities), torch.cat(taken) if taken else None
+
+    def probabilities(self, features: Tensor, labels: Tensor) -> Tensor:
+        """``(n, m, m)`` of the masks of given classes ``(n,)``, from what the mask head made of each box."""
+        logits = self.mask_predictor(features)
+        return at_least_float32(logits[torch.arange(len(labels), device=labels.device), labels]).sigmoid()
 
     def postprocess_detections(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -99,12 +99,29 @@ class RecurrentMaskHead(MaskHead):
             run = self.evolve(lambda state: self.cell(state, pooled), start)
             return MaskFeatures(self.output_norm(run.state), run)
         state, steps = settle_each(self.cell, start, pooled, steps=self.steps, tolerance=self.tolerance)
+        self._check(state, self.steps)
+        return MaskFeatures(self.output_norm(state), steps=steps)
+
+    def unroll(self, pooled: Tensor, *, steps: int) -> Iterator[Tensor]:
+        """The normalised state ``(n, C, s, s)`` after each of so many steps, whatever the tolerance.
+
+        Raises:
+            ValueError: for fewer steps than one.
+            DivergenceError: once a state is not finite.
+        """
+        count("steps", steps)
+        state = self.cell.initial_state(pooled)
+        for taken in range(1, steps + 1):
+            state = self.cell(state, pooled)
+            self._check(state, taken)
+            yield self.output_norm(state)
+
+    def _check(self, state: Tensor, steps: int) -> None:
         if self.evolve.on_divergence == "raise" and not bool(state.isfinite().all()):
             raise DivergenceError(
-                f"the state of an instance is not finite within {self.steps} steps: the dynamics do not contract, or "
-                "an input is not finite; check the weights or take fewer steps"
+                f"the state of an instance is not finite within {steps} steps: the dynamics do not contract, or an "
+                "input is not finite; check the weights or take fewer steps"
             )
-        return MaskFeatures(self.output_norm(state), steps=steps)
 
 
 @torch.no_grad()

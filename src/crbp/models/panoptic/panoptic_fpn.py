@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,10 +12,11 @@ from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 
 from crbp._checks import count
+from crbp._temporarily import temporarily
 from crbp.evolve import Evolve, Report, Run
 from crbp.gradients import RBP
 from crbp.models.panoptic.backbone import Backbone
-from crbp.models.panoptic.box_head import InstanceHeads
+from crbp.models.panoptic.box_head import Detections, InstanceHeads
 from crbp.models.panoptic.mask_head import ConvolutionalMaskHead, RecurrentMaskHead
 from crbp.models.panoptic.results import PanopticResult, Size, panoptic_result
 from crbp.models.panoptic.rpn import ProposalNetwork
@@ -166,10 +168,16 @@ class PanopticFPN(nn.Module):
 
     def _results(self, batch: ImageList, sizes: Sequence[Size]) -> list[PanopticResult]:
         features = self.backbone(batch.tensors)
+        return self._merged(self._detections(features, batch), self.semantic_head(features), batch, sizes)
+
+    def _detections(self, features: dict[str, Tensor], batch: ImageList) -> list[Detections]:
         proposals, _ = self.rpn(batch, features)
         least = self.merge.score if self.merged_only else 0.0
-        found = self.roi_heads.detect(features, proposals, batch.image_sizes, at_least=least)
-        semantic = self.semantic_head(features)
+        return self.roi_heads.detect(features, proposals, batch.image_sizes, at_least=least)
+
+    def _merged(
+        self, found: list[Detections], semantic: Tensor, batch: ImageList, sizes: Sequence[Size]
+    ) -> list[PanopticResult]:
         return [
             panoptic_result(detections, logits, shown, size, self.merge)
             for detections, logits, shown, size in zip(found, semantic, batch.image_sizes, sizes, strict=True)
@@ -258,6 +266,38 @@ class RFPN(PanopticFPN):
     @steps.setter
     def steps(self, steps: int) -> None:
         self.mask_head.steps = steps
+
+    @torch.no_grad()
+    def unroll(
+        self, images: Sequence[Tensor], *, steps: int | None = None, sizes: Sequence[Size] | None = None
+    ) -> Iterator[list[PanopticResult]]:
+        """What is seen in each image after each step of the mask head, all else being computed once.
+
+        After t steps it is what the model returns with ``steps`` set to t and no ``tolerance``.
+
+        Args:
+            images: as for `forward`.
+            steps: how many; None takes those of the model.
+            sizes: as for `forward`.
+
+        Raises:
+            ValueError: for images of another form, fewer steps than one, or in training mode.
+            DivergenceError: once a state is not finite.
+        """
+        if self.training:
+            raise ValueError("steps are shown one by one in evaluation only; call eval() first")
+        batch, heads = self.batch(images), self.roi_heads
+        sizes = _original_sizes(images, None, sizes)
+        features = self.backbone(batch.tensors)
+        semantic = self.semantic_head(features)
+        with temporarily(self, steps=1):
+            found = self._detections(features, batch)
+        pooled = heads.mask_roi_pool(features, [each.boxes for each in found])
+        labels, counts = torch.cat([each.labels for each in found]), [len(each.labels) for each in found]
+        for seen in self.mask_head.unroll(pooled, steps=self.steps if steps is None else steps):
+            masks = torch.split(heads.probabilities(seen, labels), counts)
+            moved = [replace(each, masks=own, steps=None) for each, own in zip(found, masks, strict=True)]
+            yield self._merged(moved, semantic, batch, sizes)
 
     def _extra_losses(self, run: Run | None, like: Tensor) -> dict[str, Tensor]:
         self.report = None if run is None else run.report
