@@ -171,6 +171,14 @@ def test_the_images_left_of_an_epoch_are_shared_out_anew(seen: int, batch: int, 
     assert 22 - seen - len(left) < batch * processes
 
 
+@pytest.mark.parametrize(("size", "said"), [(1, "there is 1;"), (3, "there are 3;")])
+def test_fewer_images_than_processes_are_refused_by_all_of_them(size: int, said: str) -> None:
+    for rank in range(4):
+        with pytest.raises(SettingsError, match=f"each of the 4 processes needs an image .* {said} lower"):
+            EpochSampler(size, seed=0, shuffle=False, flips=False, rank=rank, world_size=4)
+    assert len(EpochSampler(4, seed=0, shuffle=False, flips=False, rank=3, world_size=4)) == 1
+
+
 def fit_plainly(folder: Path, batch: int, resumed: Path | None = None, **settings: Any) -> tuple[Any, list[int]]:
     """Train with a loss that is a mean over images, and no random number whose use depends on the number of batches."""
     task = tiny_task(residual_weight=0.0, step_jitter=0)

@@ -43,6 +43,9 @@ class EpochSampler(DistributedSampler[Key]):
             that follows.
         rank: of this process.
         world_size: number of processes.
+
+    Raises:
+        SettingsError: where a process would have no image of an ordered epoch.
     """
 
     def __init__(
@@ -56,6 +59,11 @@ class EpochSampler(DistributedSampler[Key]):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
+        if not shuffle and 0 < size < world_size:
+            raise SettingsError(
+                f"each of the {world_size} processes needs an image to validate, test or predict with, and there "
+                f"{'is 1' if size == 1 else f'are {size}'}; lower trainer.devices or give more"
+            )
         # A DistributedSampler by name, so that Lightning leaves it in place instead of wrapping it into another.
         super().__init__(_Sized(size), num_replicas=world_size, rank=rank, shuffle=shuffle, seed=seed)
         self.size, self.flips, self.lead_in = size, flips, lead_in
