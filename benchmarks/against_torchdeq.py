@@ -1,6 +1,6 @@
 """The gradients of torchdeq beside those of crbp: how far they are apart, how long they take, what they keep.
 
-    uv run --with torchdeq==0.1.0 python benchmarks/against_torchdeq.py     # two minutes of one core
+    uv run python benchmarks/against_torchdeq.py     # two minutes of one core
 
 One cell for both, that of a trained network (16 channels, 7×7, unfused), on two images of its validation split, with
 as many steps forward and as many products backward. How far the gradients are apart is told for that cell, which moves

@@ -2,7 +2,7 @@
 
 `small` appends what makes a line one of seconds on one CPU: sizes, and what asks for several devices or bfloat16, are
 therefore not the reader's. A run that a page takes for granted is trained first. `crbp demo` and the launch files have
-tests of their own; lines of other programs are looked at in `test_docs_code.py`.
+tests of their own. Lines of other programs run as well, but for those of `CI`.
 """
 
 from __future__ import annotations
@@ -10,17 +10,27 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import socket
-from collections.abc import Iterator
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from PIL import Image
 
 from crbp.cli import main
 from crbp.data.panoptic import write_shapes
-from test_docs_code import BLOCKS, ROOT, commands, files, filled
+from launched import BOUND, environment, started, step_of
+from test_docs_code import BLOCKS, LAUNCHERS, ROOT, commands, files, filled
+from test_launch import slurm
 
 pytestmark = pytest.mark.slow
 
@@ -116,7 +126,7 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def like_coco(root: Path) -> None:
     """Shapes in COCO's folders, in a list of 80 classes of things and 53 of stuff, as COCO's is."""
-    write_shapes(root, images=(2, 1), size=128, workers=1, progress=False)
+    write_shapes(root, images=(2, 2), size=128, workers=1, progress=False)
     (root / "annotations").mkdir()
     for split in ("train", "val"):
         (root / split).rename(root / f"{split}2017")
@@ -205,3 +215,173 @@ def test_the_table_of_the_page_is_what_compare_prints(
         # Rounding differs between machines, and grows where the state does.
         within = {"abs": 0.002} if name.startswith("F1") else {"rel": 0.05}
         assert [float(cell) for cell in found] == pytest.approx([float(cell) for cell in numbers], **within)
+
+
+# --- other programs ---------------------------------------------------------------------------------------------------
+
+CI = {"pip install uv", "pytest", "pytest -m slow", ".ci/run"}  # what CI itself runs
+
+
+def others(page: str) -> list[str]:
+    """The command lines of a page that are of other programs, with the variables set before them."""
+    found = []
+    for block in BLOCKS[page]:
+        if block.kind == "sh" and not block.slow:
+            for line in block.code.replace("\\\n", " ").splitlines():
+                line = line.removeprefix("uv run ").partition("   #")[0]
+                if any(words[0] != "crbp" and " ".join(words) not in CI for words in commands(line)):
+                    found.append(line.strip())
+    return found
+
+
+def run(line: str, *options: str, **settings: str) -> str:
+    """Run a command line, with more options, by a shell; what it prints."""
+    code = f"{line} {shlex.join(options)}"
+    done = subprocess.run(
+        ["bash", "-euc", code], env=environment(**settings), capture_output=True, text=True, timeout=BOUND, check=False
+    )
+    assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+@contextmanager
+def served(line: str, port: str) -> Iterator[Callable[[str], str]]:
+    """A server that a line starts; gives what it answers at a path."""
+
+    def get(path: str) -> str:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/{path}", timeout=10) as answer:
+            return str(answer.read().decode())
+
+    def answers() -> bool:
+        try:
+            return bool(get(""))
+        except OSError:
+            return False
+
+    with started(shlex.split(line), Path.cwd(), environment()) as server:
+        end = time.monotonic() + BOUND
+        while not answers():
+            assert server.poll() is None, Path("log").read_text(encoding="utf-8")
+            assert time.monotonic() < end
+            time.sleep(0.2)
+        yield get
+
+
+def launched(line: str) -> list[str]:
+    """The options that make a line of a launch file one of seconds: its processes are counted by the file."""
+    (config,) = (after for word, after in pairwise(shlex.split(line)) if word in LAUNCHERS)
+    options = [each for each in small(["fit", "--config", config]) if not each.startswith("--trainer.devices=")]
+    if "panoptic" in config:
+        return [*options, "--trainer.sync_batchnorm=false"]  # which torch has for GPUs only
+    return [*options, "--model.net.cell.channels=2", "--model.net.evolve.steps=3", "--model.step_jitter=1"]
+
+
+def test_every_line_of_another_program_is_run_here() -> None:
+    pages = {page for page in BLOCKS if others(page)}
+    assert pages == {
+        "CONTRIBUTING.md", "clusters.md", "diagnose.md", "examples/README.md", "results/panoptic/README.md",
+        "results/pathfinder/README.md", "start.md",
+    }  # fmt: skip
+
+
+def test_torchrun_trains_on_one_machine_and_on_two(desk: Path) -> None:
+    alone, first, second = (line for line in others("clusters.md") if "torchrun.sh" in line)
+    run(alone, *launched(alone), PROCESSES="2", PORT=free_port())
+    runs = Path("runs/pf14_hgru_crbp_cured")
+    assert step_of(runs / "torchrun" / "checkpoints" / "last.ckpt") == 2
+    port = free_port()
+    with_both = environment(PROCESSES="1", PORT=port, RUN="both")
+    here = [line.replace("MASTER=first", "MASTER=127.0.0.1") for line in (first, second)]
+    assert here != [first, second]
+    nodes = [subprocess.Popen(["bash", "-euc", f"{line} {shlex.join(launched(line))}"], env=with_both) for line in here]
+    try:
+        assert [node.wait(BOUND) for node in nodes] == [0, 0]
+    finally:
+        for node in nodes:
+            node.kill()
+    assert step_of(runs / "both" / "checkpoints" / "last.ckpt") == 2
+
+
+def test_sbatch_hands_the_launch_file_to_the_cluster(desk: Path) -> None:
+    """SLURM itself is in `.ci/slurm`: what it would start on two nodes are here two processes."""
+    job = slurm(desk, tasks=2)
+    sbatch = desk / "bin" / "sbatch"
+    sbatch.write_text('#!/bin/bash\nwhile [[ $1 == --* ]]; do shift; done\nexec bash "$@"\n', encoding="utf-8")
+    sbatch.chmod(0o755)
+    lines = [line.replace("/data/coco", "coco") for line in others("clusters.md") if "sbatch" in line]
+    assert len(lines) == 2
+    for line in lines:
+        run(line, *launched(line), **job, TMPDIR=str(desk))
+    for name in ("pf14_hgru_crbp_cured", "rfpn_r50_crbp20_1x"):
+        assert step_of(Path("runs", name, "job_4711", "checkpoints", "last.ckpt")) == 2
+    assert (desk / "crbp-4711" / "annotations").exists()
+
+
+def test_tensorboard_shows_the_runs(desk: Path) -> None:
+    (line,) = others("diagnose.md")
+    trained(["runs/mini_hgru_crbp/version_0"])
+    port = free_port()
+    with served(f"{line} --port {port}", port) as get:
+        end = time.monotonic() + BOUND
+        while "mini_hgru_crbp/version_0" not in json.loads(get("data/runs")):
+            assert time.monotonic() < end
+            time.sleep(0.2)
+
+
+def test_the_site_is_served(desk: Path) -> None:
+    (line,) = others("CONTRIBUTING.md")
+    port = free_port()
+    with served(f"{line} --config-file {ROOT / 'mkdocs.yml'} --dev-addr 127.0.0.1:{port}", port) as get:
+        assert "<title>Overview - crbp</title>" in get("")
+
+
+def test_completion_is_kept_where_bash_looks_for_it(desk: Path) -> None:
+    (desk / ".venv").symlink_to(sys.prefix)
+    (block,) = [block for block in BLOCKS["start.md"] if block.kind == "sh" and "completion bash" in block.code]
+    run(block.code, HOME=str(desk))
+    script = desk / ".local" / "share" / "bash-completion" / "completions" / "crbp"
+    assert "crbp" in run(f"source {script}; complete -p crbp")
+
+
+def test_an_example_runs_from_the_folder_of_the_project(desk: Path) -> None:
+    at_length, shortly = others("examples/README.md")
+    assert f"{at_length} --small" == shortly
+    assert "BPTT" in run(shortly)
+
+
+def test_a_model_is_fitted_to_a_few_images(desk: Path) -> None:
+    (line,) = others("results/panoptic/README.md")
+    listed = desk / "coco" / "annotations" / "panoptic_train2017.json"
+    (desk / "categories.json").write_text(json.dumps(json.loads(listed.read_text())["categories"]))
+    files_of = {"IMAGES": "coco/train2017", "PANOPTIC.json": str(listed), "CATEGORIES.json": "categories.json"}
+    printed = run(" ".join(files_of.get(word, word) for word in line.split()), "--size", "64", "--steps", "2")
+    assert json.loads(printed[printed.index("{\n") :])["optimiser_steps"] == 2
+
+
+def test_rows_are_trained_tabled_and_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a checkout of one row of each kind, of a few images."""
+    shutil.copytree(ROOT / "benchmarks", tmp_path / "benchmarks")
+    configs, kept = tmp_path / "configs" / "pathfinder", tmp_path / "results" / "pathfinder"
+    configs.mkdir(parents=True)
+    kept.mkdir(parents=True)
+    shutil.copy(ROOT / "results" / "pathfinder" / "README.md", kept)
+    for name in ("small5_feedforward", "pf9_feedforward"):
+        content = yaml.safe_load((ROOT / "configs" / "pathfinder" / f"{name}.yaml").read_text(encoding="utf-8"))
+        content["trainer"] = {"max_epochs": 1, "num_sanity_val_steps": 0}
+        content["data"]["init_args"] |= {"train_size": 64, "val_size": 8, "lead_in": None, "lead_in_size": 0}
+        (configs / f"{name}.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    train, table, cost, test = others("results/pathfinder/README.md")
+    assert "small5_feedforward done" in run(train)
+    run(table)
+    assert [file.stem for file in (kept / "weights").iterdir()] == ["small5_feedforward"]
+    run(cost)
+    assert "pf9_feedforward" in (tmp_path / "cost.csv").read_text(encoding="utf-8")
+    run(test)
+    assert "small5_feedforward" in (kept / "held_out.csv").read_text(encoding="utf-8")
