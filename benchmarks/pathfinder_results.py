@@ -42,24 +42,30 @@ from crbp.tasks import load_net
 
 METHODS = {
     "crbp": "C-RBP", "rbp": "RBP", "bptt": "BPTT", "cbptt": "C-BPTT", "truncated": "truncated BPTT",
-    "allsteps": "BPTT, loss at all steps", "feedforward": "feed-forward",
+    "allsteps": "BPTT, loss at all steps", "feedforward": "feed-forward", "checkpointed": "checkpointed BPTT",
 }  # fmt: skip
-COLOURS = dict(zip(METHODS, ("#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#CC79A7", "#999999", "#000000"), strict=True))
+COLOURS = dict(
+    zip(
+        METHODS,
+        ("#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#CC79A7", "#999999", "#000000", "#009E73"),
+        strict=True,
+    )
+)
 LATE = {
     "long": "cured", "fixed": "cured, number of steps fixed", "plain": "penalty alone", "published": "as published",
     "published_5x": "as published, 72 000 images",
 }  # fmt: skip
 VARIANTS = {
     "k3": "3×3 kernels", "k5": "5×5 kernels", "k9": "9×9 kernels", "gmres": "solved by GMRES",
-    "evidential": "evidential loss",
+    "evidential": "evidential loss", "batchnorm": "normalised by batch",
 }  # fmt: skip
 BATCH = 128  # images of the paper's training step
 COLUMNS = (
     "row", "task", "cell", "method", "variant", "kernel", "steps", "parameters", "images", "seconds", "saved_mib",
     "f1_at_n", "f1_at_4n", "f1_best", "f1_best_at", "residual_at_4n", "stable_share", "ks_statistic", "moved",
-    "images_to_f1_0.9", "batch", "seed", "commit",
+    "images_to_f1_0.9", "batch", "seed", "commit", "processor",
 )  # fmt: skip
-TAGS = ("val/f1", "val/residual", "val/spectral_radius", "val/penalty")
+TAGS = ("val/f1", "val/residual", "val/spectral_radius", "val/spectral_radius_converged", "val/penalty")
 Line = dict[str, Any]
 Curve = list[tuple[int, float]]
 
@@ -111,7 +117,7 @@ def line_of(run: Path) -> Line:
         "batch": batch,
         "images": data["train_size"] // batch * batch * config["trainer"]["max_epochs"],
         "images_to_f1_0.9": next(((step + 1) * batch for step, value in f1 if value >= 0.9), ""),
-        **{key: made[key] for key in ("seconds", "seed", "commit")},
+        **{key: made[key] for key in ("seconds", "seed", "commit", "processor")},
     }
     others = json.loads((run / "others.json").read_text())
     line |= {f"best_on_{other}": max(on_other) for other, on_other in others.items()}

@@ -132,6 +132,8 @@ def gradient(scale: Scale, method: str) -> dict[str, Any]:
     if method in ("rbp", "crbp"):
         # Where the series grows its best partial sum is taken, and counted in the log; it does not end in silence.
         return thing("RBP", solver=thing(scale.solver, terms=scale.terms), on_divergence="fallback")
+    if method == "checkpointed":
+        return thing("CheckpointedBPTT")
     return thing("TruncatedBPTT", window=3) if method == "truncated" else thing("BPTT")
 
 
@@ -234,7 +236,14 @@ def small_rows() -> Iterator[tuple[str, str, dict[str, Any]]]:
                 what = f"48×48 images, {length} dashes, hGRU, {METHODS[method]}, {steps} steps, {size}×{size} kernels"
                 run = recurrent(small(length, steps), f"small{length}", "hgru", method, steps, size)
                 yield f"small{length}_hgru_{method}_k{size}", what, run
+    steps = SMALL_SIDES[14][3]
+    what = f"48×48 images, 14 dashes, hGRU, checkpointed BPTT, {steps} steps, 3×3 kernels"
+    run = recurrent(small(14, steps), "small14", "hgru", "checkpointed", steps, 3)
+    yield "small14_hgru_checkpointed_k3", what, run
     steps = SMALL_STEPS[5]
+    batch = replace(small(5, steps), norm="batch")  # as published
+    what = f"48×48 images, 5 dashes, hGRU, C-RBP, {steps} steps, normalised by batch"
+    yield "small5_hgru_crbp_batchnorm", what, recurrent(batch, "small5", "hgru", "crbp", steps, 7)
     gmres = replace(small(5, steps), solver="GMRES")
     what = f"48×48 images, 5 dashes, hGRU, C-RBP solved by GMRES, {steps} steps"
     yield "small5_hgru_crbp_gmres", what, recurrent(gmres, "small5", "hgru", "crbp", steps, 7)
