@@ -100,6 +100,13 @@ MISTAKES = [
     (["fit", *TINY, "--data.source", "{class_path: crbp.tasks.Folders, init_args: {train: none}}"], "no folder none"),
     (["fit", *TINY, "--ckpt_path", "absent.ckpt"], "the checkpoint absent.ckpt does not exist; crbp fit writes"),
     (["validate", *TINY, "--ckpt_path", MINI], "cannot be read: it is damaged, or not a .ckpt"),
+    (["fit", *TINY, "--ckpt_path", "last.safetensors"], "last.safetensors holds weights alone"),
+    (["test", *TINY, "--ckpt_path", "last.safetensors"], "the checkpoint last.safetensors does not exist"),
+    (["validate", *TINY], "crbp validate is for a trained network, and this one has no weights; give --ckpt_path"),
+    (["test", *TINY], "crbp test is for a trained network"),
+    (["predict", *TINY], "crbp predict is for a trained network"),
+    (["test", *TINY_PANOPTIC, "--model.weights", "imagenet"], "crbp test is for a trained network"),
+    (["test", *TINY_PANOPTIC, "--model.weights", "absent.pkl"], "absent.pkl does not exist"),
     (["fit", *TINY, "--trainer.accelerator", "abacus"], "invalid accelerator name"),
     (["generate", "--out", "x", "--shard", "3"], "'3' is not of the form I/N"),
     (["generate", "--out", "x", "--image-size", "2"], "image_size=2 is outside"),
@@ -195,7 +202,10 @@ def test_from_training_to_predictions(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["validate", *again]) == 0
     assert "val/f1" in capsys.readouterr().out
     assert main(["test", *again]) == 0
-    assert "test/f1" in capsys.readouterr().out
+    measured = capsys.readouterr().out
+    assert "test/f1" in measured
+    assert main(["test", *again[:-1], str(run / "weights" / "best.safetensors")]) == 0  # the same weights
+    assert capsys.readouterr().out == measured
     assert main(["predict", *again, "--out", "seen"]) == 0
     assert sorted(path.name for path in (tmp_path / "seen").iterdir()) == [f"{i:07d}.png" for i in range(3)]
 
@@ -206,7 +216,7 @@ def test_from_training_to_predictions(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "cannot be read" in complaint(capsys, "validate", *TINY, "--ckpt_path", str(broken))
 
 
-def test_from_training_to_panoptic_maps_of_pictures(tmp_path: Path) -> None:
+def test_from_training_to_panoptic_maps_of_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", *TINY_PANOPTIC]) == 0
     run = tmp_path / "runs" / "mini_rfpn_crbp10" / "version_0"
     pictures = tmp_path / "pictures"
@@ -220,6 +230,12 @@ def test_from_training_to_panoptic_maps_of_pictures(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "seen").iterdir()} == {
         f"{name}{end}" for name in sizes for end in (".png", "_panoptic.png", ".json")
     }
+    weights = ["--config", str(run / "config.yaml"), "--trainer.logger", "false", "--data.predict", "pictures"]
+    weights += ["--model.weights", str(run / "weights" / "last.safetensors"), "--out", "seen by weights"]
+    assert main(["predict", *weights]) == 0
+    for file in (tmp_path / "seen").iterdir():
+        assert (tmp_path / "seen by weights" / file.name).read_bytes() == file.read_bytes()
+    assert "crbp predict is for a trained" in complaint(capsys, "predict", *weights, "--model.without", "[rpn.]")
     names = {each.id: each.name for each in GeneratedShapes(size=128).categories.entries}
     for name, (width, height) in sizes.items():
         told = json.loads((tmp_path / "seen" / f"{name}.json").read_text(encoding="utf-8"))
@@ -268,10 +284,11 @@ def test_generated_folders_can_be_trained_on(tmp_path: Path, capsys: pytest.Capt
     assert capsys.readouterr().out.startswith("8 images made, 0 kept from before: train")
     assert main([*made, "--split", "val", "--out", "val", "--seed", "1"]) == 2
     source = {"class_path": "crbp.tasks.Folders", "init_args": {"train": "train", "val": "val"}}
-    arguments = ["fit", *TINY, "--data.source", json.dumps(source), "--trainer.fast_dev_run", "true"]
-    assert main(arguments) == 0
-    assert "it holds 8 images of 9; set train_size=8" in complaint(capsys, *arguments, "--data.train_size", "9")
-    assert "no folder is given for the split 'test'" in complaint(capsys, "test", *TINY, *arguments[-4:-2])
+    arguments = [*TINY, "--data.source", json.dumps(source)]
+    assert main(["fit", *arguments]) == 0
+    assert "it holds 8 images of 9; set train_size=8" in complaint(capsys, "fit", *arguments, "--data.train_size", "9")
+    arguments += ["--ckpt_path", "runs/mini_hgru_crbp/version_0/weights/last.safetensors"]
+    assert "no folder is given for the split 'test'" in complaint(capsys, "test", *arguments)
 
 
 def test_as_a_process() -> None:

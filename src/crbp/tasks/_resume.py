@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -108,11 +109,21 @@ class ResumableModule(pl.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self._rng: list[dict[str, Tensor]] | None = None
+        self._loaded = False
         self.progress: tuple[Tensor, Tensor] | None = None
 
     def training_report(self) -> crbp.Report | None:
         """What the last training run says of itself; None where there was none."""
         return None
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Take weights, and remember that there are some."""
+        self._loaded = True
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def has_weights(self) -> bool:
+        """Whether there is anything to measure: weights were taken up, or will be before the first image."""
+        return self._loaded
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the state of the random numbers, that of each process: they draw as many as their images need."""

@@ -27,7 +27,7 @@ from crbp._files import write_whole
 from crbp.data.pathfinder import DataError, GenerationError
 from crbp.errors import CrbpError, StorageError
 from crbp.tasks._messages import one_line
-from crbp.tasks._resume import LastCheckpoint, Restoring, WholeCheckpoints
+from crbp.tasks._resume import LastCheckpoint, Restoring, ResumableModule, WholeCheckpoints
 from crbp.tasks._stop import StopOnSignal, Stopped, lost_process
 from crbp.tasks.finite import NonFinite
 from crbp.tasks.learning import LearningCheck
@@ -183,6 +183,11 @@ class _CommandLine(LightningCLI):
         if path is None or path in ("last", "best", "hpc"):
             self._weights = None
             return
+        if self.config.subcommand == "fit" and self._weights_alone:
+            raise CrbpError(
+                f"{path} holds weights alone, and training goes on from a whole checkpoint; give checkpoints/last.ckpt "
+                "of its run, or, for a panoptic network, start from these with --model.weights"
+            )
         self._weights = read_state(Path(path))
 
     def before_instantiate_classes(self) -> None:
@@ -207,14 +212,26 @@ class _CommandLine(LightningCLI):
             raise CrbpError(one_line(error)) from error
 
     def after_instantiate_classes(self) -> None:
-        """Compare the checkpoint with the model."""
+        """Compare the checkpoint with the model; see that what is to be measured has weights."""
         if self._weights is not None:
             _check_fit(self._weights, self.model.state_dict(), self._settings.ckpt_path)
+            if self._weights_alone:
+                self.model.load_state_dict(self._weights)
             self._weights = None
+        elif self.subcommand != "fit" and self._settings.get("ckpt_path") is None and _has_no_weights(self.model):
+            raise CrbpError(
+                f"crbp {self.subcommand} is for a trained network, and this one has no weights; give --ckpt_path, a "
+                ".ckpt or .safetensors file that crbp fit wrote, or, for a panoptic network, --model.weights"
+            )
+
+    @property
+    def _weights_alone(self) -> bool:
+        return Path(self._settings.get("ckpt_path") or "").suffix == ".safetensors"
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """Have the trainer unpickle nothing but weights, from wherever it takes a checkpoint."""
-        return {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}
+        found = {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}
+        return {**found, "ckpt_path": None} if self._weights_alone else found
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The trainer, with the callbacks and the plugin for checkpoints that its settings leave room for."""
@@ -344,6 +361,11 @@ def _keep_metrics(run: Path) -> None:
 
 def _is_no_advertisement(record: logging.LogRecord) -> bool:
     return "💡 Tip" not in record.getMessage()
+
+
+def _has_no_weights(model: pl.LightningModule) -> bool:
+    """Of a task of one's own it is not known."""
+    return isinstance(model, ResumableModule) and not model.has_weights()
 
 
 def _command(args: Any) -> str:

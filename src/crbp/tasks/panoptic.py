@@ -63,7 +63,8 @@ class PanopticTask(ResumableModule):
         steps: of the mask head's recurrence in validation, test and prediction; None for those it is trained with.
         weights: to start training from, as `crbp.models.panoptic.load_weights` takes them: ``"imagenet"``, a file of
             detectron2's or torchvision's, or of either network what `crbp analyze` takes: the file or folder
-            that `crbp fit` wrote; None to train from scratch.
+            that `crbp fit` wrote; None to train from scratch. Where no checkpoint is read, validation, test and
+            prediction measure these.
         without: beginnings of names of what is not taken from those weights but trained from scratch all the same, such
             as ``["roi_heads.mask_head."]`` where an R-FPN starts from a Panoptic FPN.
         trained: beginnings of names of what is trained, such as ``["roi_heads.mask_head."]``; all else keeps its
@@ -128,7 +129,6 @@ class PanopticTask(ResumableModule):
         self.weights, self.without, self.results = weights, tuple(without), results
         self._files = ExitStack()
         self._writer: PanopticWriter | None = None
-        self._has_weights = False
         self.categories: Categories | None = None
         self.quality: PanopticQuality | None = None
         self.precision: DetectionAP | None = None
@@ -153,9 +153,17 @@ class PanopticTask(ResumableModule):
             CheckpointError: if they cannot be had or do not fit.
             WeightsError: if a `.safetensors` file cannot be read.
         """
-        if self.weights is not None and not self._has_weights:
+        if self.weights is not None and not self._loaded:
             load_weights(self.net, _source(self.weights), without=self.without)
-        self._has_weights = True
+        self._loaded = True
+
+    def on_validation_start(self) -> None:
+        """Take the weights as `on_fit_start` does, where a network is measured that nothing was trained of here."""
+        self.on_fit_start()
+
+    def has_weights(self) -> bool:
+        """Whether there is anything to measure: weights were taken up, or will be, and of all parts."""
+        return self._loaded or not (self.weights in (None, "imagenet") or self.without)
 
     def on_train_start(self) -> None:
         """Let norms that are not trained keep their statistics."""
@@ -172,12 +180,12 @@ class PanopticTask(ResumableModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up the categories, where training has not given them."""
         super().on_load_checkpoint(checkpoint)
-        self._has_weights = True
         if self.categories is None and checkpoint.get("categories"):
             self._take(Categories(checkpoint["categories"]))
 
     def on_predict_start(self) -> None:
-        """Take the categories from the data, where no checkpoint has given them."""
+        """Take the categories from the data, where no checkpoint has given them, and weights as before validation."""
+        self.on_fit_start()
         if self.categories is None:
             self._take(self._data().categories)
 
@@ -225,7 +233,8 @@ class PanopticTask(ResumableModule):
         self._evaluate(batch)
 
     def on_test_start(self) -> None:
-        """Open the files of the results, where they are asked for."""
+        """Take weights as before validation; open the files of the results, where they are asked for."""
+        self.on_fit_start()
         if self.results is not None:
             path, rank = Path(self.results), self.trainer.global_rank
             name = path.stem if self.trainer.world_size == 1 else f"{path.stem}_{rank}"

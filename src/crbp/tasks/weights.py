@@ -252,13 +252,15 @@ def of_net(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """The weights in a checkpoint of Lightning's, nothing else of which is unpickled.
+    """The weights in a checkpoint of Lightning's, nothing else of which is unpickled, or in a `.safetensors` file.
 
     Raises:
         WeightsError: if there are none that can be read.
     """
     if not path.is_file():
         raise WeightsError(f"the checkpoint {path} does not exist; crbp fit writes best.ckpt and last.ckpt under runs/")
+    if path.suffix == ".safetensors":
+        return {f"{_PREFIX}{name}": value for name, value in _read(path)[1].items()}
     try:
         weights: dict[str, Tensor] = load_plain(path)["state_dict"]
         if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items()):
