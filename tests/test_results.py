@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from crbp._card import written_card
-from crbp.tasks import PanopticData, load_net, load_trained
+from crbp.tasks import PanopticData, load_trained
 from crbp.tasks.weights import build
 
 ROOT = Path(__file__).parents[1]
@@ -29,7 +29,8 @@ def test_every_row_has_its_weights_and_its_configuration() -> None:
 def test_shipped_weights_trace_an_image(name: str) -> None:
     file = FOLDER / "weights" / f"{name}.safetensors"
     assert b"save_dir" not in file.read_bytes()  # nothing of the machine that it was trained on
-    net = load_net(file).eval()
+    net, origin = load_trained(file)
+    assert origin.name == name.removesuffix(f"_seed{ROWS[name]['seed']}")
     assert sum(parameter.numel() for parameter in net.parameters()) == int(ROWS[name]["parameters"])
     with torch.no_grad():
         logits = net(torch.zeros(1, 1, 48, 48)).logits
