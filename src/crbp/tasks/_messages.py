@@ -17,6 +17,7 @@ _NOISE = (
 _KEY = re.compile(r'^Parser key "([^"]+)":?')
 _CLASS = re.compile(r"^Problem with given class_path '([^']+)':?")
 _UNTRUSTED = re.compile(r"Importing '(\w+)([\w.]*)' is not allowed.*?to allow it\.")
+_CAUGHT = re.compile(r"Caught (\w+) .*\nOriginal Traceback")  # what a process of a loader puts before the message
 _MISSING = re.compile(r"module '([\w.]+)' has no attribute '(\w+)'")
 
 
@@ -25,7 +26,7 @@ def one_line(error: BaseException) -> str:
     keys: list[str] = []
     where = ""
     rest: list[str] = []
-    for line in str(error).splitlines():
+    for line in _told(error).splitlines():
         text = line.strip().removeprefix("- ")
         if text.startswith(_NOISE):
             continue
@@ -36,10 +37,18 @@ def one_line(error: BaseException) -> str:
                 where = match[1]
             text = text[match.end() :].strip()
         rest.append(text)
-    message = " ".join(text for text in rest if text) or " ".join(str(error).split()) or type(error).__name__
+    message = " ".join(text for text in rest if text) or " ".join(_told(error).split()) or type(error).__name__
     message = _UNTRUSTED.sub(r"\1\2 is of no trusted package; add --trust \1 if you trust it", message)
     parts = [".".join(keys), where, message]
     return ": ".join(part for part in parts if part) + _known_names(message)
+
+
+def _told(error: BaseException) -> str:
+    """What an error says, without the traceback that it brings along from a process of a loader."""
+    text = str(error)
+    if (match := _CAUGHT.match(text)) is None:
+        return text
+    return re.split(rf"\n(?:\w+\.)*{match[1]}: ", text)[-1]
 
 
 def _known_names(message: str) -> str:
