@@ -133,7 +133,6 @@ def _read_coco(root: Path) -> None:
         data = CocoPanoptic(root / "images", root / "panoptic.json", instances=given, filter_empty=given is not None)
         for k in range(len(data)):
             data[k]
-        data.ground_truth()
 
 
 def _pictures(root: Path) -> None:

@@ -49,6 +49,13 @@ def network(model: str, things: int, stuff: int, size: int) -> PanopticFPN:
     return RFPN(things=things, stuff=stuff, evolve=evolve, penalty=penalty, **settings)
 
 
+def add(line: dict[str, Any], file: Path) -> None:
+    """Put a line into a list of them, in place of that of the same model."""
+    lines = json.loads(file.read_text()) if file.exists() else []
+    kept = [each for each in lines if each["model"] != line["model"]]
+    file.write_text(json.dumps([*kept, line], indent=2) + "\n")
+
+
 def main() -> None:
     """Train and measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -58,7 +65,9 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=256, help="shorter side of the images")
     parser.add_argument("--steps", type=int, default=500, help="optimiser steps")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--out", type=Path, default=None, help="JSON to add the result to")
+    parser.add_argument(
+        "--out", type=Path, default=None, help="JSON to add the result to, in place of the model's last"
+    )
     options = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     files = CocoFiles(images=options.images, panoptic=options.panoptic, categories=options.categories)
@@ -99,8 +108,7 @@ def main() -> None:
     }
     print(json.dumps(line, indent=2))
     if options.out is not None:
-        with options.out.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        add(line, options.out)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,10 @@ COLUMNS = (
     "row", "seed", "trained_steps", "parameters", "images", "steps", *QUALITIES, "true_box_iou", "seconds",
     "saved_mib", "commit",
 )  # fmt: skip
+FILES = ("mask_heads", "overfit", "cost")
+LEARNT = ("pq", "pq_things", "pq_stuff", "rq", "box_ap", "mask_ap")
+NETS = ("Panoptic FPN", "R-FPN, N = 20")
+SPREAD = ("median", "min", "max")
 SHIPPED = "shapes_rfpn_crbp20"  # the row, with seed 0, whose weights are handed on
 METHODS = {
     "fpn": ("Panoptic FPN", "#000000"), "rfpn_bptt1": ("R-FPN, BPTT, 1 step", "#E69F00"),
@@ -136,11 +140,54 @@ def heads_table(rows: Iterable[dict[str, Any]]) -> str:
     return markdown(("mask head", "parameters", "loss", "IoU", "minutes"), body)
 
 
+def overfit_table(rows: Iterable[dict[str, Any]]) -> str:
+    """A row for each model that has learnt two images by heart; see `panoptic_overfit.py`."""
+    found = {row["model"]: row for row in rows}
+    names = {"fpn": METHODS["fpn"][0], "rfpn": METHODS["rfpn_crbp10"][0]}
+    body = [
+        [name, *(_digits(100 * found[model][quality]) for quality in LEARNT), "PQ ≥ 80"]
+        for model, name in names.items()
+        if model in found
+    ]
+    return markdown(("", "PQ", "PQ things", "PQ stuff", "RQ", "box AP", "mask AP", "wanted"), body)
+
+
+def memory_table(found: dict[str, Any]) -> str:
+    """MiB of each method by number of steps; see `panoptic_cost.py`."""
+    steps = list(found["BPTT"])
+    body = [[f"R-FPN, {name}", *(_digits(found[name][each] / 2**20) for each in steps)] for name in ("C-RBP", "BPTT")]
+    level = ["Panoptic FPN", _digits(found["Panoptic FPN"] / 2**20), *("" for _ in steps[1:])]
+    return markdown(("N", *steps), [*body, level])
+
+
+def time_table(found: dict[str, Any]) -> str:
+    """Seconds of both networks, and their ratio in each turn: median, least and most; see `panoptic_cost.py`."""
+    full, small, training = found["full_size"], found["small"], found["full_size_training"]
+    rows = {
+        "inference, ResNet-50, one image of 800×1088, 10 instances": full["10 instances"],
+        "the same, 100 instances": full["100 instances"],
+        "inference, small, one image of 192×192, 50 instances": small["inference"],
+        f"training step, ResNet-50, one image of 800×800, {training['masks']} masks": training,
+        "training step, small, two such images": small["training"],
+    }
+    body = []
+    for name, row in rows.items():
+        seconds = [[_digits(row[net][key]) for key in SPREAD] for net in NETS]
+        ratio = [f"{row['ratio'][key]:.2f}" for key in SPREAD]
+        shown = [f"{median} s ({least} to {most})" for median, least, most in seconds]
+        body.append([name, *shown, f"{ratio[0]}× ({ratio[1]} to {ratio[2]})"])
+    return markdown(("", *NETS, "ratio"), body)
+
+
 def tables(folder: Path) -> dict[str, str]:
     """The tables of the page in a folder, from the files beside it."""
+    heads, overfit, cost = (json.loads((folder / f"{name}.json").read_text()) for name in FILES)
     return {
+        "overfit": overfit_table(overfit),
+        "memory": memory_table(cost["memory"]),
+        "time": time_table(cost),
         "shapes": table(read(folder / "table.csv")),
-        "heads": heads_table(json.loads((folder / "mask_heads.json").read_text())),
+        "heads": heads_table(heads),
     }
 
 
@@ -161,6 +208,12 @@ def at_end(curve: Sequence[Line]) -> Line:
     """What was measured with the number of steps that a run was trained for."""
     (found,) = (line for line in curve if line["steps"] == line["trained_steps"])
     return found
+
+
+def _digits(value: float) -> str:
+    """Three digits, or all before the point."""
+    places = sum(value < least for least in (1, 10, 100))
+    return f"{value:,.{places}f}".replace(",", " ")
 
 
 def side_by_side(values: Iterable[str]) -> str:

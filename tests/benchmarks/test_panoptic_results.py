@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -59,8 +60,7 @@ def test_the_page_has_what_was_measured(script: Any) -> None:
 
 
 def test_seeds_stand_side_by_side_at_the_steps_trained_for_and_at_the_last(script: Any) -> None:
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in script.table(LINES).splitlines()[2:]]
-    assert rows == [
+    assert _cells(script.table(LINES)) == [
         ["Panoptic FPN", "1,234,567", "4.6", "2", "20.0", "25.0", "75.0", "30.0", "50.0", "60.0", ""],
         [
             "R-FPN, C-RBP, 10 steps", "1,234,567", "4.6", "2, 2", "30.0, 40.0", "25.0, 25.0", "75.0, 75.0",
@@ -144,3 +144,50 @@ def test_overlaps_are_of_what_is_said_with_what_is_true(load_script: Callable[[s
     true[:3, 1:4, 2:5] = True
     said = torch.stack([true[0], ~true[0], torch.ones(6, 6, dtype=torch.bool), torch.zeros(6, 6, dtype=torch.bool)])
     assert load_script("benchmarks/panoptic.py").iou(said, true).tolist() == [1.0, 0.0, 0.25, 0.0]
+
+
+def test_what_two_images_by_heart_came_to_is_in_percent_a_row_for_each_model(script: Any) -> None:
+    row = {"pq": 0.9123, "pq_things": 1.0, "pq_stuff": 0.05, "rq": 1.0, "box_ap": 0.0, "mask_ap": 0.5}
+    rows = [{"model": "rfpn", **row}, {"model": "fpn", **row, "pq": 0.8}]
+    fpn, rfpn = _cells(script.overfit_table(rows))
+    assert fpn[:2] == ["Panoptic FPN", "80.0"]
+    assert rfpn[1:-1] == ["91.2", "100", "5.00", "100", "0.000", "50.0"]
+
+
+def test_a_model_that_is_fitted_again_is_in_the_file_once(
+    load_script: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    add, file = load_script("benchmarks/panoptic_overfit.py").add, tmp_path / "overfit.json"
+    for model, pq in (("rfpn", 0.1), ("fpn", 0.2), ("rfpn", 0.3)):
+        add({"model": model, "pq": pq}, file)
+    assert json.loads(file.read_text()) == [{"model": "fpn", "pq": 0.2}, {"model": "rfpn", "pq": 0.3}]
+
+
+def test_costs_are_in_mib_and_seconds_with_their_spread(script: Any) -> None:
+    mib = 2**20
+    found = {
+        "Panoptic FPN": 50 * mib,
+        "C-RBP": {"5": 90 * mib, "20": 91 * mib},
+        "BPTT": {"5": 144 * mib, "20": 3000 * mib},
+    }
+    assert _cells(script.memory_table(found)) == [
+        ["R-FPN, C-RBP", "90.0", "91.0"], ["R-FPN, BPTT", "144", "3 000"], ["Panoptic FPN", "50.0", ""],
+    ]  # fmt: skip
+    names = ("Panoptic FPN", "R-FPN, N = 20", "ratio")
+
+    def spread(seconds: float) -> dict[str, Any]:
+        return {name: {"median": k * seconds, "min": 0.5 * k, "max": 200 * k} for k, name in enumerate(names, start=1)}
+
+    cost = {
+        "full_size": {"10 instances": spread(1), "100 instances": spread(2)},
+        "small": {"inference": spread(3), "training": spread(5)},
+        "full_size_training": {"masks": 17, **spread(4)},
+    }
+    rows = _cells(script.time_table(cost))
+    assert [row[1] for row in rows] == [f"{k}.00 s (0.500 to 200)" for k in range(1, 6)]
+    assert rows[0][2:] == ["2.00 s (1.00 to 400)", "3.00× (1.50 to 600.00)"]
+    assert "17 masks" in rows[3][0]
+
+
+def _cells(table: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
