@@ -68,6 +68,14 @@ def test_small_pictures_grow_by_a_whole_factor() -> None:
     np.testing.assert_array_equal(np.asarray(large)[:4], scene()[0][:4])  # void
 
 
+@pytest.mark.parametrize(
+    ("size", "scale"), [((3000, 8), 1), ((5000, 40), 1), ((1000, 100), 4), ((100, 1000), 4), ((80, 60), 8)]
+)
+def test_a_narrow_picture_grows_no_further_than_4096_pixels(size: tuple[int, int], scale: int) -> None:
+    pixels, ids = np.zeros((*size, 3), np.uint8), np.zeros(size, int)
+    assert draw(image=pixels, panoptic_map=ids, segments=[]).size == (scale * size[1], scale * size[0])
+
+
 def test_equal_arguments_make_equal_pictures_of_arrays_and_tensors() -> None:
     pixels, ids = scene()
     first = draw()

@@ -188,21 +188,12 @@ def test_json_nested_too_deep_is_told_by_every_reader(tmp_path: Path) -> None:
     for read in (
         lambda: CocoPanoptic(tmp_path / "images", nested, labels=tmp_path / "panoptic"),
         lambda: CocoPanoptic(tmp_path / "images", tmp_path / "panoptic.json", instances=nested, filter_empty=True),
-        lambda: CocoPanoptic(tmp_path / "images", tmp_path / "panoptic.json", instances=nested).ground_truth(),
         lambda: Categories.read(nested),
         lambda: evaluate_panoptic_files(nested, None, nested, None),
         lambda: verify(tmp_path / "set"),
     ):
         with pytest.raises(DataError, match="cannot be read as JSON"):
             read()
-
-
-def test_instances_without_numbers_are_told(tmp_path: Path) -> None:
-    write(tmp_path)
-    (tmp_path / "instances.json").write_text(json.dumps({"images": ["a"], "annotations": []}))
-    data = CocoPanoptic(tmp_path / "images", tmp_path / "panoptic.json", instances=tmp_path / "instances.json")
-    with pytest.raises(DataError, match=r"instances.json: an image or annotation lacks its number"):
-        data.ground_truth()
 
 
 def test_errors_can_be_printed_whatever_they_name() -> None:

@@ -110,6 +110,16 @@ SPOILT = {
         "panoptic/b.png: image 12: is a PNG of mode L",
         False,
     ),
+    "an image of 16 bits": (
+        lambda r, c: Image.fromarray(np.zeros((3, 5), np.uint16)).save(r / "images/b.png"),
+        "images/b.png: image 12: the image is of mode I;16, more than 8 bits a channel",
+        False,
+    ),
+    "a file twice": (
+        lambda r, c: c["images"][1].update(file_name="a.png"),
+        "panoptic.json: image 12 (a.png): has the same file as image 11",
+        True,
+    ),
     "no number": (lambda r, c: c["images"][1].pop("id"), "an image: lacks 'id'", True),
     "not a dict": (lambda r, c: c["annotations"].append(5), "an annotation of image: is int 5, not a dict", True),
 }
@@ -163,6 +173,22 @@ def test_all_faults_are_counted_and_some_listed(tmp_path):
         run(tmp_path, workers=0)
 
 
+@pytest.mark.parametrize("images", [0, 2])
+def test_a_set_without_annotations_passes_no_check_and_is_not_trained_on(tmp_path, capsys, images):
+    content = write(tmp_path)
+    save(tmp_path, {**content, "images": content["images"][:images], "annotations": []})
+    words = "panoptic.json: annotations: the list is empty: no image has an annotation"
+    for quick in (False, True):
+        report = run(tmp_path, quick=quick, allow_empty=True)
+        assert [words in str(each) for each in report.findings] == [True]
+        assert (report.statistics.images, report.statistics.unlabelled) == (0, images)
+    arguments = ["--images", str(tmp_path / "images"), "--panoptic", str(tmp_path / "panoptic.json"), "--jobs", "1"]
+    assert main(["data", "check", *arguments]) == 2
+    assert words in capsys.readouterr().out
+    with pytest.raises(DataError, match=words):
+        CocoPanoptic(tmp_path / "images", tmp_path / "panoptic.json")
+
+
 def test_a_turned_image_has_the_size_that_it_is_shown_in(tmp_path):
     write(tmp_path)
     exif = Image.Exif()
@@ -175,7 +201,9 @@ def test_a_turned_image_has_the_size_that_it_is_shown_in(tmp_path):
 @pytest.mark.slow
 def test_processes_find_what_one_finds(tmp_path, monkeypatch):
     content = write(tmp_path)
-    images = [{**content["images"][k % 2], "id": k} for k in range(200)]
+    images = [{**content["images"][k % 2], "id": k, "file_name": f"{k}.png"} for k in range(200)]
+    for k in range(200):
+        (tmp_path / "images" / f"{k}.png").symlink_to(tmp_path / "images" / content["images"][k % 2]["file_name"])
     annotations = [{**content["annotations"][k % 2], "image_id": k} for k in range(200)]
     annotations[150] = {**annotations[150], "segments_info": annotations[150]["segments_info"][1:]}
     save(tmp_path, {**content, "images": images, "annotations": annotations})

@@ -68,6 +68,22 @@ def test_an_image_is_turned_as_its_camera_says(tmp_path):
     np.testing.assert_array_equal(np.asarray(read_image(tmp_path / "a.png")), np.rot90(pixels, -1))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "name", "mode"),
+    [(np.uint16, "a.png", "I;16"), (np.uint16, "a.tif", "I;16"), (np.int32, "a.tif", "I"), (np.float32, "a.tif", "F")],
+)
+def test_more_than_8_bits_a_channel_are_refused(tmp_path, dtype, name, mode):
+    Image.fromarray((np.arange(20) * 3000).reshape(4, 5).astype(dtype)).save(tmp_path / name)
+    with pytest.raises(DataError, match=rf"{name}: the image is of mode {mode}, .*; convert it to 8 bits a channel"):
+        read_image(tmp_path / name)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
+def test_modes_of_8_bits_are_read(tmp_path, mode):
+    Image.new("RGB", (5, 4), (255, 255, 255)).convert(mode).save(tmp_path / "a.tif")
+    assert np.asarray(read_image(tmp_path / "a.tif")).tolist() == [[[255] * 3] * 5] * 4
+
+
 def test_grey_images_get_three_colours_and_broken_ones_a_name(tmp_path):
     Image.fromarray(np.full((2, 3), 9, np.uint8)).save(tmp_path / "a.png")
     assert np.asarray(read_image(tmp_path / "a.png")).tolist() == [[[9] * 3] * 3] * 2

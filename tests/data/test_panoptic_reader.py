@@ -13,7 +13,17 @@ from PIL import Image
 from pycocotools.coco import COCO
 from torch.utils.data import DataLoader
 
-from crbp.data.panoptic import Augment, CocoPanoptic, DataError, Key, Resize, View, collate, rgb_from_ids
+from crbp.data.panoptic import (
+    Augment,
+    CocoPanoptic,
+    DataError,
+    Key,
+    Resize,
+    View,
+    collate,
+    instance_annotations,
+    rgb_from_ids,
+)
 from crbp.data.panoptic.dataset import example, mask_boxes
 from crbp.data.panoptic.reader import locate
 
@@ -61,16 +71,19 @@ def test_the_ground_truth_for_the_metric(tmp_path):
 def test_images_without_instances_can_be_left_out(tmp_path):
     content = write(tmp_path)
     data = read(tmp_path, filter_empty=True)
-    assert (len(data), data.dropped, data.image_ids.tolist(), data.sizes.tolist()) == (1, 1, [11], [[4, 6]])
+    assert (len(data), data.dropped, data.image_ids.tolist()) == (1, 1, [11])
     for segment in content["annotations"][0]["segments_info"]:
         segment["iscrowd"] = int(segment["category_id"] in (7, 3))
     save(tmp_path, content)
-    with pytest.raises(DataError, match="no image is left of 2; filter_empty=False keeps all"):
+    with pytest.raises(DataError, match=r"no image of 2 has things, .*; filter_empty=False .*keeps all"):
         read(tmp_path, filter_empty=True)
     assert len(read(tmp_path)) == 2
+    save(tmp_path, {**content, "annotations": []})
+    with pytest.raises(DataError, match="no image has an annotation"):
+        read(tmp_path)
 
 
-def test_instances_decide_what_is_empty_and_give_the_boxes(tmp_path):
+def test_instances_decide_what_is_empty(tmp_path):
     write(tmp_path)
     annotations = [
         {"id": 1, "image_id": 11, "category_id": 7, "iscrowd": 1, "bbox": [0, 0, 3, 3]},
@@ -80,18 +93,20 @@ def test_instances_decide_what_is_empty_and_give_the_boxes(tmp_path):
     (tmp_path / "i.json").write_text(json.dumps({"images": images, "annotations": annotations, "categories": []}))
     data = read(tmp_path, filter_empty=True, instances=tmp_path / "i.json")
     assert data.image_ids.tolist() == [12]
-    truth = data.ground_truth()
-    assert (truth["images"], truth["annotations"]) == ([{"id": 12}], annotations[1:])
     (tmp_path / "i.json").write_text(json.dumps({"images": [], "annotations": [{}]}))
     with pytest.raises(DataError, match=r"i.json: an annotation has no usable 'image_id'"):
         read(tmp_path, filter_empty=True, instances=tmp_path / "i.json")
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of pycocotools' own arrays
-def test_the_ground_truth_for_average_precision_is_coco(tmp_path, capsys):
+def test_annotations_of_a_scene_are_those_of_coco(tmp_path, capsys):
     write(tmp_path)
-    coco = COCO()
-    coco.dataset = read(tmp_path).ground_truth()
+    data, coco = read(tmp_path), COCO()
+    coco.dataset = {
+        "images": [{"id": 11, "height": 4, "width": 6}],
+        "annotations": instance_annotations(data.scene(0), data.categories, first_id=1),
+        "categories": [each for each in CATEGORIES if each["isthing"]],
+    }
     coco.createIndex()
     assert sorted(coco.getCatIds()) == [3, 7]
     assert [coco.anns[k]["iscrowd"] for k in sorted(coco.anns)] == [0, 0, 1]

@@ -126,6 +126,19 @@ def edit(file: Path, change: Callable[[Any], Any]) -> None:
     file.write_text(json.dumps(content))
 
 
+def test_areas_need_not_be_given(tmp_path: Path) -> None:
+    _, truth, found = write(tmp_path)
+    ours = evaluate_panoptic_files(truth, None, found, None)
+
+    def without(content: Any) -> None:
+        for annotation in content["annotations"]:
+            for segment in annotation["segments_info"]:
+                del segment["area"]
+
+    edit(truth, without)
+    assert evaluate_panoptic_files(truth, None, found, None) == ours
+
+
 @pytest.mark.parametrize(
     ("breakage", "message"),
     [
@@ -142,6 +155,10 @@ def edit(file: Path, change: Callable[[Any], Any]) -> None:
         (
             lambda t, f: edit(f, lambda c: c["annotations"][0]["segments_info"].append({"id": 9, "category_id": 999})),
             r"found/000000000005.png against .*truth/5.png: image 5: .* category_id 999",
+        ),
+        (
+            lambda t, f: edit(t, lambda c: c["annotations"][3]["segments_info"][0].update(area=7.5)),
+            r"000000000003.png against .*truth/3.png: image 3: segment \d+ of the target has the area 7.5 in the JSON",
         ),
         (lambda t, f: (f.with_suffix("") / "000000000003.png").unlink(), "000000000003.png: the panoptic PNG cannot"),
         (

@@ -186,6 +186,13 @@ def test_maps_and_states_may_be_on_different_devices() -> None:
         assert metric.compute() == quality(on_gpu) == quality(case)
 
 
+@pytest.mark.parametrize("size", [(0, 0), (0, 5), (5, 0)])
+def test_an_image_without_pixels_adds_nothing(size: tuple[int, int]) -> None:
+    (case,) = random_cases(7, 1)
+    nothing = Case(np.zeros(size, int), [], np.zeros(size, int), [])
+    assert quality(case, nothing) == quality(case)
+
+
 def test_a_match_needs_more_than_half() -> None:
     target = np.array([[1, 1, 1, 2]])
     segments = [{"id": 1, "category_id": FIRST}, {"id": 2, "category_id": SECOND}]
@@ -228,6 +235,8 @@ PIXELS = np.ones((2, 3), int)
         ({"target_segments": [*ONE, {"id": 5, "category_id": FIRST}]}, "segments of the target name the id 5"),
         ({"pred_segments": ONE * 2}, "name the id 1 twice"),
         ({"pred_segments": [{"id": 0, "category_id": FIRST}]}, "id 0, which means void"),
+        ({"target_segments": [{**ONE[0], "iscrowd": "0"}]}, "segment 1 of the target has iscrowd '0'; give 0 or 1"),
+        ({"target_segments": [{**ONE[0], "iscrowd": 2}]}, "iscrowd 2; give 0 or 1"),
         ({"pred_segments": [{"id": 1, "label": 3}]}, "has no 'category_id' but 'id', 'label'"),
         ({"pred_segments": [{"id": 1.5, "category_id": FIRST}]}, "the id 1.5; give a whole number"),
         ({"pred_map": PIXELS[:1]}, r"shape \(1, 3\) and that of the target \(2, 3\)"),

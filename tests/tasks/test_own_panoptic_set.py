@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +49,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def own(folder: Path, *splits: str, **settings: Any) -> PanopticData:
-    """The set as a configuration names it."""
-    files = {
+def own_files(folder: Path, *splits: str) -> dict[str, Any]:
+    """Of `CocoSource`, as a configuration names them."""
+    return {
         split: {
             "images": str(folder / f"photographs of {split}"),
             "panoptic": str(folder / f"{split}.json"),
@@ -56,12 +60,21 @@ def own(folder: Path, *splits: str, **settings: Any) -> PanopticData:
         }
         for split in splits
     }
-    source = {"class_path": "crbp.tasks.CocoSource", "init_args": files}
-    described = {"class_path": "crbp.tasks.PanopticData", "init_args": {**SIZES, **settings, "source": source}}
+
+
+def built(source: str, given: dict[str, Any], *words: str, **settings: Any) -> PanopticData:
+    """Data of a source of `crbp.tasks`, with what a command line adds."""
+    described = {"class_path": f"crbp.tasks.{source}", "init_args": given}
+    content = {"class_path": "crbp.tasks.PanopticData", "init_args": {**SIZES, **settings, "source": described}}
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(PanopticData, "data")
-    made: PanopticData = parser.instantiate(parser.parse_object({"data": described})).data
+    made: PanopticData = parser.instantiate(parser.parse_args(["--data", json.dumps(content), *words])).data
     return made
+
+
+def own(folder: Path, *splits: str, **settings: Any) -> PanopticData:
+    """The set as a configuration names it."""
+    return built("CocoSource", own_files(folder, *splits), **settings)
 
 
 def test_an_own_set_has_the_classes_of_its_own_list(folder: Path) -> None:
@@ -114,3 +127,66 @@ def test_a_set_without_images_to_train_on_can_be_measured_alone(folder: Path) ->
     assert len(list(data.val_dataloader())) == 2
     with pytest.raises(DataError, match=r"no files are given for the split 'train'; set source\.train"):
         data.train_dataloader()
+
+
+@pytest.fixture
+def half_empty(folder: Path, tmp_path: Path) -> Callable[[int], Path]:
+    """Makes a copy of the set in which the things of the first images of training are called stuff."""
+
+    def make(images: int) -> Path:
+        copy = shutil.copytree(folder, tmp_path / "copy")
+        content = json.loads((copy / "train.json").read_text(encoding="utf-8"))
+        (stuff, *_) = (each["id"] for each in OWN if not each["isthing"])
+        for annotation in content["annotations"][:images]:
+            for segment in annotation["segments_info"]:
+                segment |= {"category_id": stuff, "iscrowd": 0}
+        (copy / "train.json").write_text(json.dumps(content), encoding="utf-8")
+        return copy
+
+    return make
+
+
+def in_training(data: PanopticData) -> int:
+    return len(data.train_dataloader().dataset)  # type: ignore[arg-type]
+
+
+def test_images_without_things_are_left_out_of_training_which_is_told_once(
+    folder: Path, half_empty: Callable[[int], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    found = half_empty(1)
+    caplog.set_level(logging.INFO, "lightning.pytorch")
+    assert in_training(own(found, "train", "val", workers=0)) == 2
+    (told,) = (line for line in caplog.messages if "things" in line)
+    assert told.startswith(f"{found / 'train.json'}: 1 of 3 images have no things")
+    assert "\n" not in told
+    caplog.clear()
+    assert in_training(own(folder, "train", "val", workers=0)) == 3
+    shutil.copy(found / "train.json", found / "val.json")
+    for kind in ("photographs", "segments"):
+        shutil.rmtree(found / f"{kind} of val")
+        shutil.copytree(found / f"{kind} of train", found / f"{kind} of val")
+    assert len(own(found, "val", workers=0).val_dataloader()) == 3
+    assert not any("things" in line for line in caplog.messages)
+
+
+@pytest.mark.parametrize("source", ["Coco", "CocoSource"])
+def test_stuff_alone_is_trained_on_with_the_option_that_the_error_names(
+    half_empty: Callable[[int], Path], source: str
+) -> None:
+    found = half_empty(3)
+    given = own_files(found, "train", "val")
+    if source == "Coco":
+        for split in ("train", "val"):
+            (found / f"photographs of {split}").rename(found / split)
+            (found / f"segments of {split}").rename(found / f"panoptic_{split}")
+            content = json.loads((found / f"{split}.json").read_text(encoding="utf-8")) | {"categories": OWN}
+            (found / f"panoptic_{split}.json").write_text(json.dumps(content), encoding="utf-8")
+        given = {"root": str(found), "train": "train", "val": "val"}
+    with pytest.raises(DataError, match="no image of 3 has things") as raised:
+        built(source, given, workers=0).train_dataloader()
+    (option,) = re.findall(r"\((--data.*?)\)", str(raised.value))
+    data = built(source, given, *option.split(), workers=0)
+    assert in_training(data) == 3
+    fit = trainer(found, max_steps=1, enable_checkpointing=False)
+    fit.fit(PanopticTask(tiny_net("rfpn"), optimizer="adamw", warmup_steps=0), data)
+    assert fit.callback_metrics["train/loss"].isfinite()

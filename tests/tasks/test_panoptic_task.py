@@ -325,6 +325,15 @@ def test_what_cannot_be_predicted_is_named(tmp_path: Path) -> None:
         tiny_data(predict=str(tmp_path / "none.png")).predict_dataloader()
     with pytest.raises(DataError, match="holds no image"):
         tiny_data(predict=str(tmp_path)).predict_dataloader()
+    for name in ("a.png", "a.jpg", "b_panoptic.png", "a_map.png"):
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    with pytest.raises(DataError, match="two images are called a,"):
+        tiny_data(predict=str(tmp_path)).predict_dataloader()
+    (tmp_path / "a.jpg").unlink()
+    assert len(tiny_data(predict=str(tmp_path)).predict_dataloader()) == 3
+    Image.new("RGB", (4, 4)).save(tmp_path / "b.jpg")
+    with pytest.raises(DataError, match=r"the map of b and the picture of b_panoptic would both be b_panoptic\.png"):
+        tiny_data(predict=str(tmp_path)).predict_dataloader()
 
 
 def test_a_written_set_gives_the_images_of_the_generated_one(tmp_path: Path) -> None:

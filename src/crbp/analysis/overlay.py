@@ -28,6 +28,7 @@ _SHADES = (  # what the segments of one class are mixed with, from the largest o
     (_WHITE, 0.6),
     (_BLACK, 0.4),
 )
+_LONGEST = 4096  # pixels that an enlarged picture may have along a side
 
 
 class _Segment(NamedTuple):
@@ -61,7 +62,8 @@ def overlay(
         names: category id → name.
         colours: category id → red, green and blue of 0 to 255.
         opacity: of the segments, from 0, where only contours show, to 1, where the image does not.
-        shortest: the least length of the picture's short side in pixels, legend apart.
+        shortest: the least length of the picture's short side in pixels, legend apart, unless the long side would be
+            enlarged beyond 4096.
 
     Raises:
         ValueError: shapes or types are others, the opacity is out of range, a segment's class has no name or colour, or
@@ -72,7 +74,7 @@ def overlay(
     numbers, places = np.unique(ids, return_inverse=True)
     places = places.reshape(ids.shape).astype(np.int32)
     found = _find(numbers, places, segments, names, colours)
-    scale = max(1, -(-shortest // min(ids.shape)))
+    scale = max(1, min(-(-shortest // min(ids.shape)), _LONGEST // max(ids.shape)))
     picture = Image.fromarray(_paint(_enlarge(pixels, scale), _enlarge(places, scale), numbers, found, opacity))
     font = font_of(max(11, round(min(picture.size) / 36)))
     _write_names(picture, places, found, names, font, scale)

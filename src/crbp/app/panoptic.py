@@ -94,7 +94,7 @@ def picture_of(found: Panoptic, file: str | None, *, index: int, name: str | Non
         return images.scene(index).image
     except DataError as error:
         what = (name or Path(file).name) if file is not None else "validation images"
-        remedy = "choose a PNG, JPEG, WebP, BMP or TIFF file"
+        remedy = "choose a PNG, JPEG, WebP, BMP or TIFF file of 8 bits a channel"
         raise ImageError(f"{what}: {error.what.split(' (', 1)[0]}; {remedy}") from error
 
 

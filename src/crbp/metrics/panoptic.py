@@ -34,6 +34,9 @@ class PanopticQuality(Metric):
     target do not count towards a union; true crowd segments are neither matched nor missed; a predicted segment left
     over is no FP where more than half of it is void or the crowd of its class in the target.
 
+    Areas are counted from the maps. For true segments the official tool takes the ``area`` of the JSON instead, so the
+    two agree where that is the number of pixels, as it is in COCO.
+
     Everything is a fraction in [0, 1]. The state, four numbers a class, is on the metric's device and is summed over
     processes; the maps may be on any device.
 
@@ -81,7 +84,8 @@ class PanopticQuality(Metric):
 
         Raises:
             ValueError: a map is not ``(H, W)`` of integers, the two differ in shape, a category is unknown, an id of a
-                map is not among its segments or the other way round, an id is given twice, or a segment has id 0.
+                map is not among its segments or the other way round, an id is given twice, or a segment has id 0 or
+                another ``iscrowd`` than 0 and 1.
         """
         counts = count_segments(self._things, pred_map, pred_segments, target_map, target_segments)
         for name, value in counts._asdict().items():
@@ -175,9 +179,11 @@ class _Segments(NamedTuple):
                     f"segment {number} of the {owner} has category_id {category}, which is not among the categories "
                     f"({_few(sorted(places))}); give the ids of the data set, not contiguous labels"
                 )
+            if (iscrowd := segment.get("iscrowd", 0)) not in (0, 1):
+                raise ValueError(f"segment {number} of the {owner} has iscrowd {iscrowd!r}; give 0 or 1")
             ids.append(number)
             classes.append(places[category])
-            crowd.append(bool(segment.get("iscrowd", 0)))
+            crowd.append(bool(iscrowd))
         order = np.argsort(ids, kind="stable")
         found = np.array(ids)[order]
         if len(twice := found[1:][found[1:] == found[:-1]]):
@@ -258,7 +264,7 @@ def _match(shared: _Array, pred: _Segments, target: _Segments, classes: int) -> 
     void = shared[target.ids == 0].sum(0)
     # Void has no class, and its union may be empty.
     alike = (target.classes[:, None] == pred.classes) & (target.classes[:, None] >= 0) & ~target.crowd[:, None]
-    iou = np.divide(shared, area + target_area - shared - void, out=np.zeros_like(shared), where=alike)
+    iou = np.divide(shared, area + target_area - shared - void, out=np.zeros(shared.shape), where=alike)
     matched = iou > 0.5
     left = ~matched.any(0) & (pred.classes >= 0)
     missed = ~matched.any(1) & (target.classes >= 0) & ~target.crowd

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from crbp.data._files import write_atomic
-from crbp.data._foreign import leads_out, read_json
+from crbp.data._foreign import leads_out, read_json, shown
 from crbp.data.errors import DataError
 from crbp.data.panoptic.formats import png, read_ids, read_size, rgb_from_ids
 from crbp.data.panoptic.records import lacking
@@ -110,6 +110,9 @@ def evaluate_panoptic_files(
 ) -> _Json:
     """Panoptic quality of predictions in files, of any program that writes the official form.
 
+    Areas are counted from the PNG files. For true segments the official tool takes the ``area`` of the JSON instead;
+    one that differs from the PNG is an error here.
+
     Args:
         gt_json: the ground truth, with ``annotations`` and ``categories``. Each of its images must be predicted;
             predictions of other images are left alone, as the official tool does.
@@ -122,8 +125,9 @@ def evaluate_panoptic_files(
         What `crbp.metrics.PanopticQuality.compute` returns.
 
     Raises:
-        DataError: a file is missing, broken or not what it should be, an image has no prediction, or a prediction
-            breaks a rule of `crbp.metrics.PanopticQuality.update`; names the file and the id.
+        DataError: a file is missing, broken or not what it should be, an image has no prediction, a true segment has
+            another area in the JSON than in the PNG, or a prediction breaks a rule of
+            `crbp.metrics.PanopticQuality.update`; names the file and the id.
     """
     truth, found = _load(Path(gt_json), "categories", "annotations"), _load(Path(pred_json), "annotations")
     try:
@@ -155,12 +159,26 @@ def _count(things: Mapping[int, bool], folders: tuple[Path, Path], pair: tuple[_
                 f"the prediction is of {size} pixels, the target of {target_map.shape}; predict at its size"
             )
         segments, target_segments = pair[1]["segments_info"], pair[0]["segments_info"]
-        return count_segments(things, read_ids(prediction), segments, target_map, target_segments)
+        counts = count_segments(things, read_ids(prediction), segments, target_map, target_segments)
+        _check_areas(target_map, target_segments)
+        return counts
     except DataError:
         raise
     except ValueError as error:
         where = f"{prediction} against {target}"
         raise DataError(where, f"image {pair[0]['image_id']}: {error}", "correct the files and their JSON") from error
+
+
+def _check_areas(ids: NDArray[np.int32], segments: Sequence[Mapping[str, Any]]) -> None:
+    """Raise unless the areas that the JSON gives are those of the PNG, all of whose segments it names."""
+    counted = dict(zip(*(each.tolist() for each in np.unique(ids, return_counts=True)), strict=True))
+    for segment in segments:
+        area = counted[segment["id"]]
+        if segment.get("area", area) != area:
+            raise ValueError(
+                f"segment {segment['id']} of the target has the area {shown(segment['area'])} in the JSON, which the "
+                f"official tool takes, and {area} in the PNG"
+            )
 
 
 def _beside(json_file: Path, folder: str | Path | None) -> Path:

@@ -137,6 +137,7 @@ class ResumableModule(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the states of the random numbers until training starts."""
+        self._loaded = True
         first = [checkpoint["rng"]] if "rng" in checkpoint else None
         self._rng = checkpoint.get("rng_of_processes", first)
         for state in self._rng or ():

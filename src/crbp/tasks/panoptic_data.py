@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -76,8 +77,8 @@ class CocoFiles:
     categories: str | None = None
 
     def dataset(self, transform: Transform, *, filter_empty: bool) -> CocoPanoptic:
-        """The images."""
-        return CocoPanoptic(
+        """The images; how many `filter_empty` leaves out is logged."""
+        found = CocoPanoptic(
             self.images,
             self.panoptic,
             labels=self.labels,
@@ -86,6 +87,12 @@ class CocoFiles:
             transform=transform,
             filter_empty=filter_empty,
         )
+        if found.dropped:
+            rank_zero_info(
+                f"{self.panoptic}: {found.dropped} of {len(found) + found.dropped} images have no things and are left "
+                "out; --data.source.filter_empty false keeps them"
+            )
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,10 +102,12 @@ class CocoSource(PanopticSource):
     Args:
         train: of training; None where there is none.
         val: of validation and test.
+        filter_empty: in training leave out the images without an instance, crowds not counted, as detectron2 does.
     """
 
     val: CocoFiles
     train: CocoFiles | None = None
+    filter_empty: bool = True
 
     @property
     def categories(self) -> Categories:
@@ -106,11 +115,11 @@ class CocoSource(PanopticSource):
         return Categories.read(self.val.categories or self.val.panoptic)
 
     def split(self, name: str, transform: Transform) -> PanopticDataset:
-        """The images of a split; in training those with an instance."""
+        """The images of a split."""
         files = self.train if name == "train" else self.val
         if files is None:
             raise DataError("data.source", f"no files are given for the split {name!r}", f"set source.{name}")
-        return files.dataset(transform, filter_empty=name == "train")
+        return files.dataset(transform, filter_empty=self.filter_empty and name == "train")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,11 +133,13 @@ class Coco(PanopticSource):
         root: folder of the data set.
         train: name of the training split.
         val: name of the validation split.
+        filter_empty: in training leave out the images without an instance, crowds not counted, as detectron2 does.
     """
 
     root: str
     train: str = "train2017"
     val: str = "val2017"
+    filter_empty: bool = True
 
     @property
     def categories(self) -> Categories:
@@ -136,9 +147,9 @@ class Coco(PanopticSource):
         return Categories.read(self._files(self.val).panoptic)
 
     def split(self, name: str, transform: Transform) -> PanopticDataset:
-        """The images of a split; in training those with an instance."""
+        """The images of a split."""
         files = self._files(self.train if name == "train" else self.val)
-        return files.dataset(transform, filter_empty=name == "train")
+        return files.dataset(transform, filter_empty=self.filter_empty and name == "train")
 
     def _files(self, name: str) -> CocoFiles:
         root = Path(self.root)
@@ -317,7 +328,7 @@ class Pictures(Dataset[PanopticBatch]):
     """Images without labels: a file, or all of a folder in the order of their names.
 
     Raises:
-        DataError: if there are none, or one cannot be read.
+        DataError: if there are none, one cannot be read, or two would have a prediction of the same name.
     """
 
     def __init__(self, path: Path, transform: Transform) -> None:
@@ -329,6 +340,9 @@ class Pictures(Dataset[PanopticBatch]):
             names = [file.stem for file in self.files]
             if twice := next((name for name in names if names.count(name) > 1), None):
                 raise DataError(path, f"two images are called {twice}, and so would be what is written", "rename one")
+            if name := next((name for name in names if f"{name}_panoptic" in names), None):
+                what = f"the map of {name} and the picture of {name}_panoptic would both be {name}_panoptic.png"
+                raise DataError(path, what, "rename one")
         elif path.is_file():
             self.files = [path]
         else:

@@ -258,6 +258,11 @@ def test_files_that_are_none(tmp_path, content, named):
         load_weights(_empty(), path)
 
 
+def test_a_folder_is_told_from_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(CheckpointError, match=rf"{tmp_path} is a folder; give a file"):
+        load_weights(_empty(), tmp_path)
+
+
 # ResNets of ImageNet
 
 

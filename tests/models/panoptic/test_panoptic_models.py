@@ -402,6 +402,7 @@ def test_mini_settings_make_both_models():
     [
         (lambda: PanopticFPN(34), "depth must be one of 18, 50, 101, not 34"),
         (lambda: PanopticFPN(18, things=0), "things .* not 0"),
+        (lambda: PanopticFPN(18, stuff=255), "stuff must be at most 254, not 255: label 255 is void"),
         (lambda: BackboneSettings(norm="layer"), "one of 'frozen', 'group', 'batch', not 'layer'"),
         (lambda: BackboneSettings(norm="group", frozen_stages=2), "frozen_stages=2 needs norm='frozen'"),
         (lambda: BackboneSettings(frozen_stages=6), "from 0 to 5, not 6"),
@@ -420,6 +421,12 @@ def _changed(**changes):
     return [tiny_target() | changes]
 
 
+def _labelled(label: int, *, objects: int = 2):
+    target = tiny_target(objects)
+    target["semantic"][50, 3] = label
+    return [target]
+
+
 @pytest.mark.parametrize(
     ("targets", "named"),
     [
@@ -430,6 +437,12 @@ def _changed(**changes):
         (_changed(labels=torch.tensor([0, THINGS])), rf"outside 0 … {THINGS - 1}: \[0, {THINGS}\]"),
         (_changed(labels=torch.tensor([0])), r"labels of shape \(1,\), not \(2,\)"),
         (_changed(masks=torch.zeros(2, 64, 63)), r"masks of shape \(2, 64, 63\), not \(2, 64, 64\)"),
+        (
+            _labelled(STUFF + 1),
+            rf"target 0 \(image 7\) .*semantic labels outside 0 … {STUFF} .* {STUFF + 1}, 255",
+        ),
+        (_labelled(-1), rf"semantic labels outside 0 … {STUFF} and 255: \[-1, "),
+        (_labelled(STUFF + 1, objects=0), "semantic labels outside"),
         (_changed(semantic=torch.zeros(60, 64)), r"semantic of shape \(60, 64\), not \(64, 64\)"),
     ],
 )

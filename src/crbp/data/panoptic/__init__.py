@@ -6,8 +6,9 @@ from crbp.data._extras import require
 
 require("numpy", "PIL")
 
+from crbp._semantic import IGNORE, THINGS  # noqa: E402
 from crbp.data.errors import DataError  # noqa: E402
-from crbp.data.panoptic.categories import IGNORE, THINGS, Categories, Category  # noqa: E402
+from crbp.data.panoptic.categories import Categories, Category  # noqa: E402
 from crbp.data.panoptic.check import Report, Statistics, check  # noqa: E402
 from crbp.data.panoptic.dataset import (  # noqa: E402
     Example,

@@ -11,11 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from crbp._semantic import IGNORE, THINGS
 from crbp.data._foreign import read_json, shown
 from crbp.data.errors import DataError
-
-THINGS = 0  # the semantic label of every thing
-IGNORE = 255  # the semantic label of void
 
 
 @dataclass(frozen=True)

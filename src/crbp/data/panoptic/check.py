@@ -16,7 +16,7 @@ from crbp.data._parallel import bar, cores, run
 from crbp.data.errors import DataError
 from crbp.data.panoptic.categories import Categories
 from crbp.data.panoptic.dataset import measure
-from crbp.data.panoptic.formats import read_ids
+from crbp.data.panoptic.formats import check_depth, read_ids
 from crbp.data.panoptic.reader import labels_folder, locate
 from crbp.data.panoptic.records import Finding, Record, Records, find_categories, load, missing, problems, sound
 
@@ -94,10 +94,10 @@ def check(
 ) -> Report:
     """Look for everything that is wrong with a panoptic set.
 
-    Of the JSON: missing keys, numbers of images or segments that occur twice, categories not in the list, areas of 0,
-    images without a segment. Of the files: a missing image or PNG and, unless `quick`, one that cannot be read or has
-    another size than the JSON says, segments that only the PNG or only the JSON has, and an area or box that is not
-    that of the pixels.
+    Of the JSON: missing keys, numbers or files of images and numbers of segments that occur twice, categories not in
+    the list, areas of 0, images without a segment, no annotation at all. Of the files: a missing image or PNG and,
+    unless `quick`, one that cannot be read or has another size than the JSON says, an image of more than 8 bits a
+    channel, segments that only the PNG or only the JSON has, and an area or box that is not that of the pixels.
 
     Args:
         images: folder of the images.
@@ -111,7 +111,7 @@ def check(
         progress: whether to show a bar on standard error.
 
     Raises:
-        DataError: the JSON cannot be read, or holds no images, annotations or categories.
+        DataError: the JSON cannot be read or has no list of images or of annotations, or there are no categories.
         ValueError: `limit` or `workers` is below 1.
     """
     count("limit", limit)
@@ -123,7 +123,9 @@ def check(
     collected = _Collected(limit)
     collected.add(problems(panoptic, content, known))
     listed = len(content["images"])
-    records = Records(sound(content))
+    content = sound(content)
+    collected.add(_shared_files(panoptic, content["images"]))
+    records = Records(content)
     del content
     if not allow_empty:
         collected.add(_empty(panoptic, records))
@@ -205,6 +207,7 @@ def _image_findings(path: Path, record: Record) -> list[Finding]:
     name = f"image {record.image_id}"
     try:
         with open_image(path, "the image", "") as image:
+            check_depth(path, image)
             width, height = image.size
             image.draft("RGB", (1, 1))  # reads all of a JPEG, but computes few of its pixels
             image.load()
@@ -245,6 +248,14 @@ def _size_findings(path: Path, record: Record, size: tuple[int, int]) -> list[Fi
         return []
     what = f"is {size[0]} x {size[1]} pixels (height x width), where the JSON says {record.height} x {record.width}"
     return [Finding(str(path), f"image {record.image_id}", what)]
+
+
+def _shared_files(panoptic: str | Path, images: list[dict[str, Any]]) -> Iterator[Finding]:
+    first: dict[str, int] = {}
+    for image in images:
+        number, file = image["id"], image["file_name"]
+        if first.setdefault(file, number) != number:
+            yield Finding(str(panoptic), f"image {number} ({file})", f"has the same file as image {first[file]}")
 
 
 def _empty(panoptic: str | Path, records: Records) -> Iterator[Finding]:

@@ -13,7 +13,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from crbp.data.panoptic.categories import IGNORE, Categories
+from crbp._semantic import IGNORE
+from crbp.data.panoptic.categories import Categories
 from crbp.data.panoptic.formats import run_lengths
 from crbp.data.panoptic.transforms import Keep, Transform, View, view_image, view_labels
 
@@ -100,21 +101,6 @@ class PanopticDataset(Dataset[Example]):
             ``category_id``, ``iscrowd``, ``area`` in pixels and ``bbox`` (x, y, width, height).
         """
         return scene_truth(self.scene(self.resolve(index)))
-
-    def ground_truth(self, indices: Sequence[int] | None = None) -> dict[str, Any]:
-        """The things of some images, or of all, as the content of a COCO `instances_*.json`, for box and mask AP.
-
-        Boxes and masks are those of the visible pixels; crowds are among them, marked as such.
-        """
-        images: list[dict[str, Any]] = []
-        annotations: list[dict[str, Any]] = []
-        for index in range(len(self)) if indices is None else indices:
-            scene = self.scene(self.resolve(index))
-            height, width = scene.places.shape
-            images.append({"id": scene.image_id, "height": height, "width": width})
-            annotations += instance_annotations(scene, self.categories, first_id=len(annotations) + 1)
-        things = [each for each in self.categories.as_json() if each["isthing"]]
-        return {"info": {}, "images": images, "annotations": annotations, "categories": things}
 
     def resolve(self, index: int) -> int:
         """A place counted from the front; raises IndexError where there is none."""

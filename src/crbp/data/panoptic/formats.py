@@ -81,11 +81,20 @@ def read_image(path: str | Path) -> Image.Image:
     """An image as red, green and blue, turned as its EXIF orientation says.
 
     Raises:
-        DataError: it is missing, does not decode, or has more than 2**26 pixels; names it.
+        DataError: it is missing, does not decode, or has more than 2**26 pixels or 8 bits a channel; names it.
     """
     with open_image(path, "the image", _REMEDY) as image:
+        check_depth(path, image)
         image.load()
         return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def check_depth(path: str | Path, image: Image.Image) -> None:
+    """Raise `DataError` where an image has more than 8 bits a channel, which Pillow would cut off at 255."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        raise DataError(
+            path, f"the image is of mode {image.mode}, more than 8 bits a channel", "convert it to 8 bits a channel"
+        )
 
 
 def check_size(path: str | Path, what: str, size: tuple[int, int], told: tuple[int, int, int]) -> None:

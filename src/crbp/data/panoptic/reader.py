@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -33,14 +32,12 @@ class CocoPanoptic(PanopticDataset):
         images: folder of the images.
         panoptic: the panoptic JSON.
         labels: folder of its PNGs; beside the JSON, of the same name without ``.json``, by default.
-        instances: COCO's `instances_*.json`, where there is one. It then decides which images `filter_empty` keeps, and
-            gives the boxes, masks and crowds of `ground_truth`: there, unlike in the PNG, they overlap.
+        instances: COCO's `instances_*.json`, where there is one. It then decides which images `filter_empty` keeps.
         categories: a `Categories`, or a JSON of them; those of the panoptic JSON by default.
         transform: chooses size and flip of each image, such as `Augment`; None keeps every image as it is.
         filter_empty: leave out the images without an instance, crowds not counted, as detectron2 does for training.
 
     Attributes:
-        sizes: height and width of every image before it is resized, ``(n, 2)``, to group images by shape.
         dropped: number of images that `filter_empty` left out.
 
     Raises:
@@ -76,16 +73,17 @@ class CocoPanoptic(PanopticDataset):
         self._check_files()
         self._kept = self._choose(filter_empty)
         self.dropped = len(self._records) - len(self._kept)
+        if not len(self._records):
+            raise DataError(self.json, "no image has an annotation", "give the JSON of a set that has some")
         if not len(self._kept):
-            raise DataError(self.json, f"no image is left of {len(self._records)}", "filter_empty=False keeps all")
+            raise DataError(
+                self.json,
+                f"no image of {len(self._records)} has things, crowds not counted",
+                "filter_empty=False (--data.source.filter_empty false) keeps all",
+            )
 
     def __len__(self) -> int:
         return len(self._kept)
-
-    @property
-    def sizes(self) -> NDArray[np.int32]:
-        """Height and width of every image before it is resized, ``(n, 2)``."""
-        return self._records.sizes[self._kept]
 
     @property
     def image_ids(self) -> NDArray[np.int64]:
@@ -110,26 +108,6 @@ class CocoPanoptic(PanopticDataset):
         image = read_image(self.images / record.image)
         check_size(self.images / record.image, "image", (image.height, image.width), told)
         return Scene(record.image_id, image, places, record.ids, record.category_ids, record.crowd)
-
-    def ground_truth(self, indices: Sequence[int] | None = None) -> dict[str, Any]:
-        """The things of some images, or of all, as the content of a COCO `instances_*.json`, for box and mask AP.
-
-        They are those of `instances` where it was given, else those of the PNGs.
-        """
-        if self.instances is None:
-            return super().ground_truth(indices)
-        content = load(self.instances)
-        wanted = set((self.image_ids if indices is None else self.image_ids[list(indices)]).tolist())
-        try:
-            images = [each for each in content["images"] if each["id"] in wanted]
-            annotations = [each for each in content["annotations"] if each["image_id"] in wanted]
-        except (KeyError, TypeError) as error:
-            raise DataError(
-                self.instances,
-                f"an image or annotation lacks its number ({error!r})",
-                "give an instances JSON as COCO has",
-            ) from error
-        return {**content, "images": images, "annotations": annotations}
 
     def __repr__(self) -> str:
         return f"CocoPanoptic({str(self.json)!r}, {len(self)} images, {len(self.categories)} categories)"

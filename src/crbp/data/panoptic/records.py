@@ -180,6 +180,8 @@ def problems(path: str | Path, content: dict[str, Any], categories: Categories) 
     images: set[Any] = set()
     for image in content["images"]:
         yield from _image_problems(where, image, images)
+    if not content["annotations"]:
+        yield Finding(where, "annotations", "the list is empty: no image has an annotation")
     seen: set[Any] = set()
     for each in content["annotations"]:
         wrong = lacking(each, image_id=int, file_name=str, segments_info=list)

@@ -84,11 +84,6 @@ class Shapes(PanopticDataset):
     def __len__(self) -> int:
         return self._images
 
-    @property
-    def sizes(self) -> NDArray[np.int32]:
-        """Height and width of every image before it is resized, ``(n, 2)``."""
-        return np.full((self._images, 2), self.size, np.int32)
-
     def scene(self, index: int) -> Scene:
         """The image at a place with its segments; its number is the place + 1."""
         index = self.resolve(index)

@@ -70,6 +70,8 @@ def _table(model: PanopticFPN, source: str | Path | Mapping[str, Any]) -> dict[s
         return _download(model.depth)
     if not isinstance(source, Mapping) and Path(source).suffix == ".safetensors":
         raise CheckpointError(f"{source} is for crbp.tasks.load_net; give the network that it returns")
+    if not isinstance(source, Mapping) and Path(source).is_dir():
+        raise CheckpointError(f"{source} is a folder; give a file of weights")
     table = tensors(source if isinstance(source, Mapping) else read_checkpoint(Path(source)))
     if any(name.startswith(_BODY) for name in table):
         raise CheckpointError("these are weights of a network of crbp's; give the network itself")

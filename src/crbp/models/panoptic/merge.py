@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from crbp._semantic import THINGS
 from crbp.models.panoptic.settings import MergeSettings
-
-THINGS = 0  # the semantic class of all pixels of things
 
 
 def merge_panoptic(

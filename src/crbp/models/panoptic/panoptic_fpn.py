@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 
 from crbp._checks import count
+from crbp._semantic import IGNORE, THINGS
 from crbp._temporarily import temporarily
 from crbp.evolve import Evolve, Report, Run
 from crbp.gradients import RBP
@@ -20,7 +21,7 @@ from crbp.models.panoptic.box_head import Detections, InstanceHeads
 from crbp.models.panoptic.mask_head import ConvolutionalMaskHead, RecurrentMaskHead
 from crbp.models.panoptic.results import PanopticResult, Size, panoptic_result
 from crbp.models.panoptic.rpn import ProposalNetwork
-from crbp.models.panoptic.semantic_head import IGNORED, SemanticHead
+from crbp.models.panoptic.semantic_head import SemanticHead
 from crbp.models.panoptic.settings import (
     BackboneSettings,
     BoxSettings,
@@ -48,7 +49,7 @@ class PanopticFPN(nn.Module):
     Args:
         depth: layers of the ResNet: 18, 50 or 101.
         things: number of thing classes T, labelled 0 … T − 1.
-        stuff: number of stuff classes S, labelled 1 … S in semantic maps, where 0 stands for things.
+        stuff: number of stuff classes S, at most 254, labelled 1 … S in semantic maps, where 0 stands for things.
         pixels: how images are scaled.
         backbone: of the ResNet and the pyramid; for training from scratch set its norm.
         proposals: of the region proposal network.
@@ -83,6 +84,8 @@ class PanopticFPN(nn.Module):
         super().__init__()
         count("things", things)
         count("stuff", stuff)
+        if stuff >= IGNORE:
+            raise ValueError(f"stuff must be at most {IGNORE - 1}, not {stuff}: label {IGNORE} is void; merge some")
         self.depth, self.things, self.stuff = depth, things, stuff
         self.pixels, self.merge = pixels, merge
         self.stride_in_1x1 = backbone.stride_in_1x1
@@ -127,7 +130,7 @@ class PanopticFPN(nn.Module):
         if self.training:
             if targets is None:
                 raise ValueError("training needs targets; call eval() first to see what the model says of images")
-            _check_targets(images, targets, self.things)
+            _check_targets(images, targets, self.things, self.stuff)
             self._warn_untouched()
             return self._losses(batch, list(targets))
         with torch.no_grad():
@@ -310,14 +313,14 @@ class RFPN(PanopticFPN):
 
 def _padded(targets: Targets, batch: Tensor) -> Tensor:
     """The semantic maps ``(B, H, W)``, padded with what is ignored."""
-    maps = batch.new_full((len(batch), *batch.shape[2:]), IGNORED, dtype=torch.long)
+    maps = batch.new_full((len(batch), *batch.shape[2:]), IGNORE, dtype=torch.long)
     for row, target in zip(maps, targets, strict=True):
         semantic = target["semantic"]
         row[: semantic.shape[0], : semantic.shape[1]] = semantic
     return maps
 
 
-def _check_targets(images: Sequence[Tensor], targets: Targets, things: int) -> None:
+def _check_targets(images: Sequence[Tensor], targets: Targets, things: int, stuff: int) -> None:
     if len(images) != len(targets):
         raise ValueError(f"there are {len(images)} images and {len(targets)} targets")
     for index, (image, target) in enumerate(zip(images, targets, strict=True)):
@@ -329,6 +332,11 @@ def _check_targets(images: Sequence[Tensor], targets: Targets, things: int) -> N
         for key, shape in shapes.items():
             if tuple(target[key].shape) != shape:
                 raise ValueError(f"{name} has {key} of shape {tuple(target[key].shape)}, not {shape}")
+        semantic = target["semantic"]
+        known = semantic.masked_fill(semantic == IGNORE, THINGS)
+        if not 0 <= int(known.min()) <= int(known.max()) <= stuff:
+            found = semantic.unique().tolist()
+            raise ValueError(f"{name} has semantic labels outside 0 … {stuff} and {IGNORE}: {found}")
         if objects == 0:
             continue
         boxes, labels = target["boxes"], target["labels"]

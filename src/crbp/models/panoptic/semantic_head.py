@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops.misc import Conv2dNormActivation
 
+from crbp._semantic import IGNORE
 from crbp.models.panoptic._pool import at_least_float32
 from crbp.models.panoptic.backbone import LEVELS
 from crbp.models.panoptic.settings import SemanticSettings
 
-IGNORED = 255
 SCALE = 4  # the common stride of what is added, in pixels
 _GROUPS = 32
 
@@ -59,8 +59,8 @@ class SemanticHead(nn.Module):
             target: ``(B, H, W)`` of int64; 255 is ignored.
         """
         full = F.interpolate(logits, scale_factor=SCALE, mode="bilinear", align_corners=False)
-        loss = F.cross_entropy(full, target, ignore_index=IGNORED, reduction="sum")
-        return self.weight * loss / (target != IGNORED).sum().clamp_min(1)
+        loss = F.cross_entropy(full, target, ignore_index=IGNORE, reduction="sum")
+        return self.weight * loss / (target != IGNORE).sum().clamp_min(1)
 
 
 def _level(inputs: int, channels: int, upsamplings: int) -> nn.Sequential:
