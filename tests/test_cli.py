@@ -91,6 +91,7 @@ MISTAKES = [
     ),
     (["fit", *TINY, "--model.lerning_rate", "1"], "Option 'lerning_rate' is not accepted"),
     (["fit", *TINY, "--trainer.max_epoch", "1"], "--trainer.max_epoch"),
+    (["fit", *TINY_PANOPTIC, "--model.net.boxes.sample", "3"], "unrecognized arguments: --boxes.sample=3"),
     (["fit", *TINY, "--model.net.evolve.steps", "-3"], "steps must be a whole number of at least 1, not -3"),
     (["fit", *TINY, "--model.net.evolve.steps", "many"], "model.net.evolve.steps: "),
     (["fit", *TINY, "--model.penalty.weight", "-1"], "weight must be finite and above 0"),

@@ -119,9 +119,12 @@ class _SaveConfig(SaveConfigCallback):
 
 
 class _Parser(LightningArgumentParser):
-    """Ends its help with examples, as they are typed."""
+    """Ends its help with examples, as they are typed, and takes no key for another: nor do those of classes in it."""
 
     examples = ""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def format_help(self, *formatter: Any) -> str:  # jsonargparse passes one on, argparse none
         return f"{super().format_help(*formatter)}{self.examples}"
@@ -144,8 +147,8 @@ class _CommandLine(LightningCLI):
         )
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """Let mistakes come back as exceptions, so that they are worded in one place; take no key for another."""
-        return super().init_parser(exit_on_error=False, allow_abbrev=False, **kwargs)
+        """Let mistakes come back as exceptions, so that they are worded in one place."""
+        return super().init_parser(exit_on_error=False, **kwargs)
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
