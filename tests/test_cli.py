@@ -106,6 +106,7 @@ MISTAKES = [
     (["validate", *TINY], "crbp validate is for a trained network, and this one has no weights; give --ckpt_path"),
     (["test", *TINY], "crbp test is for a trained network"),
     (["predict", *TINY], "crbp predict is for a trained network"),
+    (["test", *TINY, "--ckpt_path", "last"], "crbp test is for a trained network"),
     (["test", *TINY_PANOPTIC, "--model.weights", "imagenet"], "crbp test is for a trained network"),
     (["test", *TINY_PANOPTIC, "--model.weights", "absent.pkl"], "absent.pkl does not exist"),
     (["fit", *TINY, "--trainer.accelerator", "abacus"], "invalid accelerator name"),

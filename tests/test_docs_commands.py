@@ -17,7 +17,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -255,7 +255,7 @@ def served(line: str, port: str) -> Iterator[Callable[[str], str]]:
     """A server that a line starts; gives what it answers at a path."""
 
     def get(path: str) -> str:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/{path}", timeout=10) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/{path}", timeout=BOUND) as answer:
             return str(answer.read().decode())
 
     def answers() -> bool:
@@ -299,12 +299,10 @@ def test_torchrun_trains_on_one_machine_and_on_two(desk: Path) -> None:
     with_both = environment(PROCESSES="1", PORT=port, RUN="both")
     here = [line.replace("MASTER=first", "MASTER=127.0.0.1") for line in (first, second)]
     assert here != [first, second]
-    nodes = [subprocess.Popen(["bash", "-euc", f"{line} {shlex.join(launched(line))}"], env=with_both) for line in here]
-    try:
-        assert [node.wait(BOUND) for node in nodes] == [0, 0]
-    finally:
-        for node in nodes:
-            node.kill()
+    with ExitStack() as ended:
+        asked = [["bash", "-euc", f"{line} {shlex.join(launched(line))}"] for line in here]
+        nodes = [ended.enter_context(started(each, desk, with_both)) for each in asked]
+        assert [node.wait(BOUND) for node in nodes] == [0, 0], Path("log").read_text(encoding="utf-8")
     assert step_of(runs / "both" / "checkpoints" / "last.ckpt") == 2
 
 
@@ -329,7 +327,7 @@ def test_tensorboard_shows_the_runs(desk: Path) -> None:
     port = free_port()
     with served(f"{line} --port {port}", port) as get:
         end = time.monotonic() + BOUND
-        while "mini_hgru_crbp/version_0" not in json.loads(get("data/runs")):
+        while "mini_hgru_crbp/version_0" not in get("data/runs"):
             assert time.monotonic() < end
             time.sleep(0.2)
 

@@ -229,6 +229,8 @@ def test_weights_to_start_from_are_taken_once(tmp_path: Path) -> None:
     task = PanopticTask(net, weights=str(tmp_path / "resnet18.pth"), warmup_steps=0)
     trainer(tmp_path, max_steps=1).fit(task, tiny_data())
     trained = net.backbone.state_dict()
+    with pytest.raises(crbp.SettingsError, match=r"resnet18\.pth has a ResNet alone, and the rest is untrained"):
+        PanopticTask(net, weights=str(tmp_path / "resnet18.pth")).on_validation_start()
     (tmp_path / "resnet18.pth").unlink()
     task.on_fit_start()  # as a second run of the same task does
     assert all(torch.equal(value, trained[name]) for name, value in net.backbone.state_dict().items())

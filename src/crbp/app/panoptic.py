@@ -26,6 +26,8 @@ from crbp.tasks import Origin, PanopticData, load_trained
 from crbp.tasks.panoptic import segments_info
 from crbp.tasks.weights import build
 
+_LONGEST = 1024  # pixels of a picture's side as it is shown
+
 
 @dataclass(frozen=True, kw_only=True)
 class Panoptic:
@@ -105,6 +107,8 @@ def frames(found: Panoptic, image: Image.Image, *, steps: int) -> Iterator[dict[
     Raises:
         ImageError: once the state is not finite.
     """
+    image = image.copy()
+    image.thumbnail((_LONGEST, _LONGEST))  # the page holds a picture for each step
     size = (image.height, image.width)
     view = found.resize.view(*size, epoch=0, index=0)
     pixels = torch.from_numpy(view_image(image, view)).permute(2, 0, 1).contiguous()

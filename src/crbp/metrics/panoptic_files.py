@@ -174,7 +174,7 @@ def _check_areas(ids: NDArray[np.int32], segments: Sequence[Mapping[str, Any]]) 
     counted = dict(zip(*(each.tolist() for each in np.unique(ids, return_counts=True)), strict=True))
     for segment in segments:
         area = counted[segment["id"]]
-        if segment.get("area", area) != area:
+        if segment.get("area") not in (None, area):
             raise ValueError(
                 f"segment {segment['id']} of the target has the area {shown(segment['area'])} in the JSON, which the "
                 f"official tool takes, and {area} in the PNG"

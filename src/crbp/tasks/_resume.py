@@ -122,7 +122,10 @@ class ResumableModule(pl.LightningModule):
         return super().load_state_dict(state_dict, strict, assign)
 
     def has_weights(self) -> bool:
-        """Whether there is anything to measure: weights were taken up, or will be before the first image."""
+        """Whether there is anything to measure: weights were taken up, or will be before the first image.
+
+        Override it where a network brings its own.
+        """
         return self._loaded
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

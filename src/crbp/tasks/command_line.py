@@ -119,7 +119,7 @@ class _SaveConfig(SaveConfigCallback):
 
 
 class _Parser(LightningArgumentParser):
-    """Ends its help with examples, as they are typed, and takes no key for another: nor do those of classes in it."""
+    """Ends its help with examples, as they are typed; takes no abbreviation, nor do the parsers of classes in it."""
 
     examples = ""
 
@@ -221,7 +221,7 @@ class _CommandLine(LightningCLI):
             if self._weights_alone:
                 self.model.load_state_dict(self._weights)
             self._weights = None
-        elif self.subcommand != "fit" and self._settings.get("ckpt_path") is None and _has_no_weights(self.model):
+        elif self.subcommand != "fit" and _has_no_weights(self.model):  # `best` and `last` are of a run in this process
             raise CrbpError(
                 f"crbp {self.subcommand} is for a trained network, and this one has no weights; give --ckpt_path, a "
                 ".ckpt or .safetensors file that crbp fit wrote, or, for a panoptic network, --model.weights"

@@ -153,17 +153,28 @@ class PanopticTask(ResumableModule):
             CheckpointError: if they cannot be had or do not fit.
             WeightsError: if a `.safetensors` file cannot be read.
         """
-        if self.weights is not None and not self._loaded:
-            load_weights(self.net, _source(self.weights), without=self.without)
-        self._loaded = True
+        self._take_weights()
 
     def on_validation_start(self) -> None:
-        """Take the weights as `on_fit_start` does, where a network is measured that nothing was trained of here."""
-        self.on_fit_start()
+        """Take the same weights to measure, where nothing was trained and no checkpoint read.
+
+        Raises:
+            SettingsError: if they are of a ResNet alone.
+        """
+        self._take_weights(whole=True)
 
     def has_weights(self) -> bool:
         """Whether there is anything to measure: weights were taken up, or will be, and of all parts."""
         return self._loaded or not (self.weights in (None, "imagenet") or self.without)
+
+    def _take_weights(self, *, whole: bool = False) -> None:
+        if self.weights is not None and not self._loaded:
+            found = load_weights(self.net, _source(self.weights), without=self.without)
+            if whole and not found:
+                raise crbp.SettingsError(
+                    f"{self.weights} has a ResNet alone, and the rest is untrained; train it first"
+                )
+            self._loaded = True
 
     def on_train_start(self) -> None:
         """Let norms that are not trained keep their statistics."""
@@ -185,7 +196,7 @@ class PanopticTask(ResumableModule):
 
     def on_predict_start(self) -> None:
         """Take the categories from the data, where no checkpoint has given them, and weights as before validation."""
-        self.on_fit_start()
+        self._take_weights(whole=True)
         if self.categories is None:
             self._take(self._data().categories)
 
@@ -234,7 +245,7 @@ class PanopticTask(ResumableModule):
 
     def on_test_start(self) -> None:
         """Take weights as before validation; open the files of the results, where they are asked for."""
-        self.on_fit_start()
+        self._take_weights(whole=True)
         if self.results is not None:
             path, rank = Path(self.results), self.trainer.global_rank
             name = path.stem if self.trainer.world_size == 1 else f"{path.stem}_{rank}"

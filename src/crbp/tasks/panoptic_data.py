@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -337,8 +338,8 @@ class Pictures(Dataset[PanopticBatch]):
             self.files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
             if not self.files:
                 raise DataError(path, "it holds no image", f"give a folder of {', '.join(sorted(SUFFIXES))}")
-            names = [file.stem for file in self.files]
-            if twice := next((name for name in names if names.count(name) > 1), None):
+            names = Counter(file.stem for file in self.files)
+            if twice := next((name for name in names if names[name] > 1), None):
                 raise DataError(path, f"two images are called {twice}, and so would be what is written", "rename one")
             if name := next((name for name in names if f"{name}_panoptic" in names), None):
                 what = f"the map of {name} and the picture of {name}_panoptic would both be {name}_panoptic.png"

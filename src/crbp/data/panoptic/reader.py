@@ -73,8 +73,6 @@ class CocoPanoptic(PanopticDataset):
         self._check_files()
         self._kept = self._choose(filter_empty)
         self.dropped = len(self._records) - len(self._kept)
-        if not len(self._records):
-            raise DataError(self.json, "no image has an annotation", "give the JSON of a set that has some")
         if not len(self._kept):
             raise DataError(
                 self.json,

@@ -27,7 +27,7 @@ _COUNTER = "num_batches_tracked"
 
 def load_weights(
     model: PanopticFPN, source: str | Path | Mapping[str, Any] | PanopticFPN, *, without: Sequence[str] = ()
-) -> None:
+) -> bool:
     """Load weights that were made elsewhere.
 
     Of a whole model: a `.pkl` or `.pth` checkpoint of detectron2's Panoptic FPN, or of the released R-FPN. Of its
@@ -46,6 +46,9 @@ def load_weights(
         without: beginnings of names, as in ``model.state_dict()``, of what is not taken from the source, where it may
             be missing or of another shape; it stays as it is in the model.
 
+    Returns:
+        Whether they are of a whole model; False for a ResNet's alone.
+
     Raises:
         CheckpointError: if the source cannot be read; if names are unknown, missing, or of other shapes, all of which
             are listed; if nothing that the source could give has a name that begins as one in ``without`` does; or if
@@ -56,6 +59,7 @@ def load_weights(
     if isinstance(without, str):
         raise TypeError(f"without must be a list of beginnings of names, not the text {without!r}")
     ours, stays = dict(model.state_dict()), tuple(without)
+    whole = True
     if isinstance(source, PanopticFPN):
         new = _matched(ours, {name: name for name in ours}, _of_network(model, source), stays)
     else:
@@ -63,6 +67,7 @@ def load_weights(
         whole = any(name.startswith(("roi_heads.", "proposal_generator.", "sem_seg_head.")) for name in table)
         new = (_whole if whole else _resnet)(model, ours, table, stays)
     model.load_state_dict(ours | new)
+    return whole
 
 
 def _table(model: PanopticFPN, source: str | Path | Mapping[str, Any]) -> dict[str, Tensor]:

@@ -276,7 +276,8 @@ class RFPN(PanopticFPN):
     ) -> Iterator[list[PanopticResult]]:
         """What is seen in each image after each step of the mask head, all else being computed once.
 
-        After t steps it is what the model returns with ``steps`` set to t and no ``tolerance``.
+        After t steps it is what the model returns with ``steps`` set to t and no ``tolerance``. All instances are
+        computed together, whatever ``masks.chunk``.
 
         Args:
             images: as for `forward`.
@@ -285,7 +286,7 @@ class RFPN(PanopticFPN):
 
         Raises:
             ValueError: for images of another form, fewer steps than one, or in training mode.
-            DivergenceError: once a state is not finite.
+            DivergenceError: once a state is not finite, unless ``evolve`` is told not to raise it.
         """
         if self.training:
             raise ValueError("steps are shown one by one in evaluation only; call eval() first")
