@@ -221,7 +221,8 @@ class _CommandLine(LightningCLI):
             if self._weights_alone:
                 self.model.load_state_dict(self._weights)
             self._weights = None
-        elif self.subcommand != "fit" and _has_no_weights(self.model):  # `best` and `last` are of a run in this process
+        elif self.subcommand != "fit" and self._settings.get("ckpt_path") != "hpc" and _has_no_weights(self.model):
+            # `best` and `last` would be of a training in this process.
             raise CrbpError(
                 f"crbp {self.subcommand} is for a trained network, and this one has no weights; give --ckpt_path, a "
                 ".ckpt or .safetensors file that crbp fit wrote, or, for a panoptic network, --model.weights"
