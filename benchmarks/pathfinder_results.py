@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 import shutil
 import statistics
 import warnings
@@ -230,9 +231,8 @@ def write(out: Path) -> None:
     print(f"{len(rows)} rows in {out}")
 
 
-def costs(out: Path) -> list[dict[str, str]]:
+def costs(file: Path) -> list[dict[str, str]]:
     """The lines of `pathfinder_cost.py`; none where it was not run."""
-    file = out / "paper_cost.csv"
     return list(csv.DictReader(file.read_text().splitlines())) if file.exists() else []
 
 
@@ -247,7 +247,8 @@ def tables(out: Path) -> dict[str, str]:
         "late": measures_of(late, digits=4),
         "settled": settled(rows, json.loads(many.read_text()) if many.exists() else []),
         "elsewhere": generalisation(lines),
-        "paper": paper(costs(out)),
+        "time": step_times(costs(out / "small_cost.csv")),
+        "paper": paper(costs(out / "paper_cost.csv")),
     }
 
 
@@ -319,6 +320,19 @@ def paper(cost: Iterable[Mapping[str, str]]) -> str:
         memory = f"{saved:.0f}", f"{saved * BATCH / 1024:.1f}"
         arithmetic = f"{float(line['gflop_per_image']):.0f}", line["gpu_hours"]
         body.append((f"`{line['row']}`", line["steps"], line["seconds_per_image"], *memory, *arithmetic))
+    return markdown(head, body)
+
+
+def step_times(cost: Sequence[Mapping[str, str]]) -> str:
+    """What a training step takes beside that of the hGRU by BPTT, the quickest first."""
+    seconds = {line["row"]: float(line["seconds_per_image"]) for line in cost}
+    steps = {line["row"]: line["steps"] for line in cost}
+    bptt = next((value for row, value in seconds.items() if row.endswith("_hgru_bptt")), math.nan)
+    head = ("row", "N", "ms an image", "beside BPTT")
+    body = [
+        (f"`{row}`", steps[row], f"{1000 * seconds[row]:.1f}", f"{seconds[row] / bptt:.2f}×")
+        for row in sorted(seconds, key=lambda row: seconds[row])
+    ]
     return markdown(head, body)
 
 

@@ -200,3 +200,17 @@ def test_seeds_stand_side_by_side(results: Any) -> None:
     table = results.measures_of([other_task, *others, row])
     assert len(table.splitlines()) == 4
     assert f"| {row['f1_at_n']:.3f}, .020, .100 |".replace("| 0", "| ") in table
+
+
+def test_steps_are_timed_beside_those_of_bptt_the_quickest_first(results: Any) -> None:
+    seconds = {"small14_hgru_crbp": "0.05", "small14_hgru_bptt": "0.02", "small14_feedforward": "0.004"}
+    steps = {"small14_hgru_crbp": "24", "small14_hgru_bptt": "6", "small14_feedforward": ""}
+    table = results.step_times(
+        [{"row": row, "steps": steps[row], "seconds_per_image": value} for row, value in seconds.items()]
+    )
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+    assert rows == [
+        ["`small14_feedforward`", "", "4.0", "0.20×"],
+        ["`small14_hgru_bptt`", "6", "20.0", "1.00×"],
+        ["`small14_hgru_crbp`", "24", "50.0", "2.50×"],
+    ]
