@@ -10,19 +10,15 @@ from one side or from both, would tell. Each is written when it is measured, in 
 from __future__ import annotations
 
 import argparse
-import json
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import torch
-from _runs import ROOT
+from _kept import FOLDER, kept, put
 
 import crbp
 from crbp.analysis.inputs import images_of, load, trained_on
 from crbp.bench.measure import environment
-
-FOLDER = ROOT / "results" / "pathfinder"
 
 
 def measured(file: Path, images: int) -> dict[str, Any]:
@@ -62,13 +58,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=FOLDER / "column_sums.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    for file in sorted((FOLDER / "weights").glob("*.safetensors")):
-        if any(fnmatch(file.stem, row) for row in options.rows) and "feedforward" not in file.stem:
-            new = measured(file, options.images)
-            old: list[dict[str, Any]] = json.loads(options.out.read_text()) if options.out.exists() else []
-            rows = sorted([*(row for row in old if row["row"] != file.stem), new], key=lambda row: str(row["row"]))
-            options.out.write_text(json.dumps(rows, indent=1) + "\n")
-            print(json.dumps(new), flush=True)
+    for file in kept(options.rows):
+        if "feedforward" not in file.stem:
+            put(measured(file, options.images), options.out)
 
 
 if __name__ == "__main__":

@@ -10,18 +10,16 @@ from __future__ import annotations
 
 import argparse
 import csv
-from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
-from _runs import ROOT
+from _kept import FOLDER, kept
 from pathfinder import IMAGES, accuracy
 
 from crbp.bench.measure import environment
 from crbp.models import PathfinderNet
 from crbp.tasks import load_net
 
-FOLDER = ROOT / "results" / "pathfinder"
 COLUMNS = ("row", "images", "test_f1_at_n", "test_f1_at_4n", "commit", "processor")
 
 
@@ -68,10 +66,7 @@ def main() -> None:
     lines = {}
     if options.out.exists():
         lines = {line["row"]: line for line in csv.DictReader(options.out.read_text().splitlines())}
-    kept = sorted((FOLDER / "weights").glob("*.safetensors"))
-    if not (files := [file for file in kept if any(fnmatch(file.stem, row) for row in options.rows)]):
-        raise SystemExit(f"no kept row is called {' or '.join(options.rows)}; {FOLDER / 'weights'} has them")
-    for file in files:
+    for file in kept(options.rows):
         lines[file.stem] = {key: str(value) for key, value in measured(file).items()}
         with options.out.open("w", newline="") as out:
             writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")

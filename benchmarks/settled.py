@@ -9,22 +9,18 @@ below 1. Each is written when it is measured, in the place of what the file has 
 from __future__ import annotations
 
 import argparse
-import json
 import time
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import torch
-from _runs import ROOT
+from _kept import FOLDER, kept, put
 from _tables import with_tables
 from pathfinder_results import tables
 
 from crbp.analysis import follow, late_radius
 from crbp.analysis.inputs import images_of, load, trained_on
 from crbp.bench.measure import environment
-
-FOLDER = ROOT / "results" / "pathfinder"
 
 
 def measured(file: Path, images: int) -> dict[str, Any]:
@@ -58,13 +54,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=FOLDER / "settled.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    for file in sorted((FOLDER / "weights").glob("*.safetensors")):
-        if any(fnmatch(file.stem, row) for row in options.rows) and "feedforward" not in file.stem:
-            new = measured(file, options.images)
-            old: list[dict[str, Any]] = json.loads(options.out.read_text()) if options.out.exists() else []
-            rows = sorted([*(row for row in old if row["row"] != file.stem), new], key=lambda row: str(row["row"]))
-            options.out.write_text(json.dumps(rows, indent=1) + "\n")
-            print(json.dumps(new), flush=True)
+    for file in kept(options.rows):
+        if "feedforward" not in file.stem:
+            put(measured(file, options.images), options.out)
     if options.out == FOLDER / "settled.json":
         page = FOLDER / "README.md"
         page.write_text(with_tables(page.read_text(), tables(FOLDER)))

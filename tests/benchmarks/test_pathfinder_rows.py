@@ -214,3 +214,18 @@ def test_steps_are_timed_beside_those_of_bptt_the_quickest_first(results: Any) -
         ["`small14_hgru_bptt`", "6", "20.0", "1.00×"],
         ["`small14_hgru_crbp`", "24", "50.0", "2.50×"],
     ]
+
+
+def test_what_is_measured_again_of_a_row_takes_its_place(
+    load_script: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    script = load_script("benchmarks/_kept.py")
+    for row, value in (("b", 1), ("a", 2), ("b", 3)):
+        script.put({"row": row, "value": value}, tmp_path / "list.json")
+    assert json.loads((tmp_path / "list.json").read_text()) == [{"row": "a", "value": 2}, {"row": "b", "value": 3}]
+    assert [file.stem for file in script.kept(["small9_hgru_crbp_seed1", "small9_feed*"])] == [
+        "small9_feedforward",
+        "small9_hgru_crbp_seed1",
+    ]
+    with pytest.raises(SystemExit, match="no kept row is called nothing"):
+        script.kept(["nothing"])

@@ -68,6 +68,20 @@ class Detections:
     steps: Tensor | None = None
 
 
+def together(
+    boxes: list[Tensor], scores: list[Tensor], labels: list[Tensor], masks: Tensor, steps: Tensor | None = None
+) -> list[Detections]:
+    """The detections of each image, from the masks ``(n, m, m)`` and the steps ``(n,)`` of all of them."""
+    sizes = [len(box) for box in boxes]
+    every_steps = [None] * len(boxes) if steps is None else torch.split(steps, sizes)
+    return [
+        Detections(boxes=box, scores=score, labels=label, masks=mask, steps=taken)
+        for box, score, label, mask, taken in zip(
+            boxes, scores, labels, torch.split(masks, sizes), every_steps, strict=True
+        )
+    ]
+
+
 class InstanceHeads(RoIHeads):
     """Classes, boxes and masks of proposals.
 
@@ -156,20 +170,25 @@ class InstanceHeads(RoIHeads):
         at_least: float = 0.0,
     ) -> list[Detections]:
         """What is found in each image, of the scores wanted. A detection is suppressed by better ones only."""
+        boxes, scores, labels = self.boxes(features, proposals, image_shapes, at_least=at_least)
+        masks, steps = self.masks(features, boxes, torch.cat(labels))
+        return together(boxes, scores, labels, masks, steps)
+
+    def boxes(
+        self,
+        features: dict[str, Tensor],
+        proposals: list[Tensor],
+        image_shapes: list[tuple[int, int]],
+        *,
+        at_least: float = 0.0,
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Boxes, scores and labels of `detect`, of each image."""
         hidden = self.box_head(self.box_roi_pool(features, proposals))
         logits, deltas = self.box_predictor(hidden)
         found = self.postprocess_detections(logits, deltas, proposals, image_shapes)
         wanted = [scores >= at_least for scores in found[1]]
         boxes, scores, labels = ([v[rows] for v, rows in zip(each, wanted, strict=True)] for each in found)
-        masks, steps = self.masks(features, boxes, torch.cat(labels))
-        sizes = [len(box) for box in boxes]
-        every_steps = [None] * len(boxes) if steps is None else torch.split(steps, sizes)
-        return [
-            Detections(boxes=box, scores=score, labels=label, masks=mask, steps=taken)
-            for box, score, label, mask, taken in zip(
-                boxes, scores, labels, torch.split(masks, sizes), every_steps, strict=True
-            )
-        ]
+        return boxes, scores, labels
 
     def masks(self, features: dict[str, Tensor], boxes: list[Tensor], labels: Tensor) -> tuple[Tensor, Tensor | None]:
         """Probabilities ``(n, m, m)`` of the masks in given boxes, a chunk of boxes at a time.

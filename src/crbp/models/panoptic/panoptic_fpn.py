@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,11 +12,10 @@ from torchvision.models.detection.image_list import ImageList
 
 from crbp._checks import count
 from crbp._semantic import IGNORE, THINGS
-from crbp._temporarily import temporarily
 from crbp.evolve import Evolve, Report, Run
 from crbp.gradients import RBP
 from crbp.models.panoptic.backbone import Backbone
-from crbp.models.panoptic.box_head import Detections, InstanceHeads
+from crbp.models.panoptic.box_head import Detections, InstanceHeads, together
 from crbp.models.panoptic.mask_head import ConvolutionalMaskHead, RecurrentMaskHead
 from crbp.models.panoptic.results import PanopticResult, Size, panoptic_result
 from crbp.models.panoptic.rpn import ProposalNetwork
@@ -171,12 +169,12 @@ class PanopticFPN(nn.Module):
 
     def _results(self, batch: ImageList, sizes: Sequence[Size]) -> list[PanopticResult]:
         features = self.backbone(batch.tensors)
-        return self._merged(self._detections(features, batch), self.semantic_head(features), batch, sizes)
-
-    def _detections(self, features: dict[str, Tensor], batch: ImageList) -> list[Detections]:
         proposals, _ = self.rpn(batch, features)
-        least = self.merge.score if self.merged_only else 0.0
-        return self.roi_heads.detect(features, proposals, batch.image_sizes, at_least=least)
+        found = self.roi_heads.detect(features, proposals, batch.image_sizes, at_least=self._least_score())
+        return self._merged(found, self.semantic_head(features), batch, sizes)
+
+    def _least_score(self) -> float:
+        return self.merge.score if self.merged_only else 0.0
 
     def _merged(
         self, found: list[Detections], semantic: Tensor, batch: ImageList, sizes: Sequence[Size]
@@ -294,14 +292,12 @@ class RFPN(PanopticFPN):
         sizes = _original_sizes(images, None, sizes)
         features = self.backbone(batch.tensors)
         semantic = self.semantic_head(features)
-        with temporarily(self, steps=1):
-            found = self._detections(features, batch)
-        pooled = heads.mask_roi_pool(features, [each.boxes for each in found])
-        labels, counts = torch.cat([each.labels for each in found]), [len(each.labels) for each in found]
+        proposals, _ = self.rpn(batch, features)
+        boxes, scores, labels = heads.boxes(features, proposals, batch.image_sizes, at_least=self._least_score())
+        pooled, classes = heads.mask_roi_pool(features, boxes), torch.cat(labels)
         for seen in self.mask_head.unroll(pooled, steps=self.steps if steps is None else steps):
-            masks = torch.split(heads.probabilities(seen, labels), counts)
-            moved = [replace(each, masks=own, steps=None) for each, own in zip(found, masks, strict=True)]
-            yield self._merged(moved, semantic, batch, sizes)
+            found = together(boxes, scores, labels, heads.probabilities(seen, classes))
+            yield self._merged(found, semantic, batch, sizes)
 
     def _extra_losses(self, run: Run | None, like: Tensor) -> dict[str, Tensor]:
         self.report = None if run is None else run.report
