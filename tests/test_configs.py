@@ -107,6 +107,7 @@ def test_settings_of_the_paper() -> None:
             settling = tuple(
                 task[name] for name in ("penalty_ramp", "residual_weight", "spectral_weight", "step_jitter")
             )
+            assert task.get("spectral_bound") == (round(6 ** (-1 / (3 * n)), 4) if cured else None)
             assert settling == ((0.8, 1.0, 1.0, 2 * n) if cured else (0.0, 0.0, 0.0, 0))
     assert [steps[f"pf{length}_hgru_crbp"] for length in (9, 14, 20, 25)] == [20, 20, 30, 80]
     assert [steps[f"pf{length}_hgru_rbp"] for length in (9, 14, 20, 25)] == [20, 20, 20, 50]

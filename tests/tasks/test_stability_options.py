@@ -69,6 +69,24 @@ def test_a_penalty_brings_what_keeps_it_effective() -> None:
     assert settings(tiny_task(penalty=None)) == (0, 0, 0, 0)
 
 
+def test_a_sixth_of_what_moves_is_left_at_four_times_the_steps() -> None:
+    task = tiny_task()
+    assert task.net.evolve.steps == 4
+    assert task.spectral_bound ** (3 * 4) == pytest.approx(1 / 6)
+    assert tiny_task(spectral_bound=0.5).spectral_bound == 0.5
+
+
+def test_the_bound_on_growth_reaches_its_penalty(tmp_path: Path) -> None:
+    def growth(bound: float) -> float:
+        torch.manual_seed(0)
+        task = tiny_task(spectral_bound=bound, spectral_weight=1.0)
+        fit = trainer(tmp_path / str(bound), max_steps=1, limit_val_batches=0)
+        fit.fit(task, tiny_data())
+        return float(fit.callback_metrics["train/spectral_penalty"])
+
+    assert growth(0.0) > growth(0.5) > 0
+
+
 def test_beta2_reaches_the_optimiser(tmp_path: Path) -> None:
     fit = trainer(tmp_path, limit_val_batches=0)
     fit.fit(tiny_task(beta2=0.95), tiny_data())
@@ -81,6 +99,8 @@ def test_beta2_reaches_the_optimiser(tmp_path: Path) -> None:
         ({"penalty_ramp": 1.0}, "penalty_ramp"),
         ({"penalty_ramp": 0.5, "penalty": None}, "no penalty to raise"),
         ({"step_jitter": -1}, "step_jitter"),
+        ({"spectral_bound": 1.0}, "spectral_bound"),
+        ({"spectral_bound": 0.9, "spectral_weight": 0.0}, "no penalty on growth"),
         ({"beta2": 1.0}, "beta2"),
     ],
 )

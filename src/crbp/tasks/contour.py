@@ -27,6 +27,7 @@ Stage = Literal["val", "test"]
 Batch = dict[str, Tensor]
 
 RAMP = 0.8  # share of the training over which a penalty's weight rises
+LEFT = 1 / 6  # of what moves at step N, at 4N, where the penalty on growth costs nothing
 
 
 class ContourTask(ResumableModule):
@@ -54,6 +55,9 @@ class ContourTask(ResumableModule):
             by itself can be small while the state keeps moving.
         spectral_weight: of `crbp.spectral_penalty` in the loss; 0 for none, None for 1 where there is a penalty, which
             by itself can be small while the dynamics do not contract.
+        spectral_bound: the growth a step that costs nothing, λ of `crbp.spectral_penalty`, in [0, 1); None for
+            ``6^(−1/3N)``, by which a sixth of what moves at step ``N`` is left at ``4N``. A lower one makes a state
+            settle sooner and trace more slowly.
         step_jitter: train half of the batches with ``N`` steps and the others with up to so many more, drawn anew from
             ``U(1, j t / T)`` at optimiser step ``t`` of ``T``: the state is then asked to be right at ``N`` and to stay
             so, and settles. 0 for none; None for ``2N`` where there is a penalty, without which dynamics do not settle
@@ -86,6 +90,7 @@ class ContourTask(ResumableModule):
         penalty_ramp: float | None = None,
         residual_weight: float | None = None,
         spectral_weight: float | None = None,
+        spectral_bound: float | None = None,
         step_jitter: int | None = None,
         supervision: Supervision = "last",
         loss: Loss = "focal",
@@ -121,7 +126,11 @@ class ContourTask(ResumableModule):
         jitter = (2 * self._evolve().steps if given else 0) if step_jitter is None else step_jitter
         settle = float(given) if residual_weight is None else residual_weight
         contract = float(given) if spectral_weight is None else spectral_weight
+        bound = spectral_bound
+        if bound is None:
+            bound = LEFT ** (1 / (3 * self._evolve().steps)) if contract else 0.0
         share("penalty_ramp", ramp)
+        share("spectral_bound", bound)
         non_negative("residual_weight", settle)
         non_negative("spectral_weight", contract)
         count("step_jitter", jitter, at_least=0)
@@ -132,12 +141,16 @@ class ContourTask(ResumableModule):
             )
         if ramp and not (given or settle or contract):
             raise ValueError(f"penalty_ramp={ramp!r} has no penalty to raise; give one or leave the ramp at 0")
+        if spectral_bound is not None and not contract:
+            raise ValueError(
+                f"spectral_bound={spectral_bound!r} has no penalty on growth; set spectral_weight or leave it out"
+            )
         if not (math.isfinite(learning_rate) and learning_rate > 0):
             raise ValueError(f"learning_rate must be finite and above 0, not {learning_rate!r}")
         # Only numbers and words: a checkpoint then holds no pickled object and loads with weights_only=True.
         self.save_hyperparameters(ignore=["net", "penalty"])
         self.penalty, self.penalty_ramp, self.step_jitter = penalty, ramp, jitter
-        self.residual_weight, self.spectral_weight = settle, contract
+        self.residual_weight, self.spectral_weight, self.spectral_bound = settle, contract, bound
         self.supervision, self.loss = supervision, loss
         self.learning_rate, self.weight_decay, self.beta2 = learning_rate, weight_decay, beta2
         self.schedule, self.warmup = schedule, warmup
@@ -168,7 +181,8 @@ class ContourTask(ResumableModule):
             loss = loss + self.residual_weight * self._ramp() * crbp.residual_penalty(prediction.run)
         if self.spectral_weight:
             assert prediction.run is not None
-            values["train/spectral_penalty"] = growth = crbp.spectral_penalty(prediction.run)
+            growth = crbp.spectral_penalty(prediction.run, bound=self.spectral_bound)
+            values["train/spectral_penalty"] = growth
             loss = loss + self.spectral_weight * self._ramp() * growth
         if prediction.run is not None:
             self._report = prediction.run.report
