@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import weakref
 
 import pytest
 import torch
@@ -187,6 +188,25 @@ def test_activation_memory_counts_each_storage_once_and_leaves_out_what_it_is_to
     with torch.no_grad(), activation_memory() as memory:
         x.square()
     assert memory.bytes == 0
+
+
+def test_a_graph_that_was_measured_is_freed_without_a_backward_pass():
+    class Exp(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            y = x.exp()
+            ctx.save_for_backward(y)
+            graphs.add(ctx)
+            return y
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * ctx.saved_tensors[0]
+
+    graphs = weakref.WeakSet()
+    with activation_memory():
+        Exp.apply(torch.randn(10, requires_grad=True))
+    assert not graphs
 
 
 def _bytes(method: crbp.GradientMethod, steps: int, *, penalty: bool = False) -> int:

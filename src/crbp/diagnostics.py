@@ -14,6 +14,7 @@ from crbp._checks import count, non_negative
 from crbp._tree import Leaves, flatten_state, leaf_step, relative_residual
 from crbp.evolve import Run
 from crbp.ops import repeated_products
+from crbp.ops._kept import watched
 
 
 def residual_curve(step: Callable[[Any], Any], state: Any, *, steps: int) -> Tensor:
@@ -155,7 +156,9 @@ def activation_memory(*, exclude: Iterable[Tensor] = ()) -> Iterator[ActivationM
     """Measure the bytes that autograd saves for the backward pass inside the block, on any device.
 
     Exact and repeatable, since it counts saved tensors rather than the allocator: each storage once, and none of
-    ``exclude``. The storages are kept until the block ends, so nothing that is freed meanwhile is missed.
+    ``exclude``. The storages are kept until the block ends, so nothing that is freed meanwhile is missed. What
+    `crbp.ops.conv2d` computes of kernels and keeps with the graph is counted when the block ends. What the backward
+    pass needs while it runs is not in it.
 
     ```python
     with crbp.activation_memory(exclude=cell.parameters()) as memory:
@@ -174,7 +177,9 @@ def activation_memory(*, exclude: Iterable[Tensor] = ()) -> Iterator[ActivationM
         if storage.data_ptr() not in known:
             known[storage.data_ptr()] = storage
             memory.bytes += storage.nbytes()
-        return tensor
+        # The tensor itself would hold the graph that holds it, which nothing but a backward pass then frees.
+        return tensor.detach()
 
-    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+    with watched() as kept, torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
         yield memory
+        memory.bytes += sum(tensor.nbytes for reference in kept if (tensor := reference()) is not None)

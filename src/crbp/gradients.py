@@ -17,6 +17,7 @@ from crbp._checks import choice, count
 from crbp._tree import LeafStep, Leaves, detach, ravel, relative_residual, separate, vector_jacobian
 from crbp.errors import DivergenceError, DivergenceWarning
 from crbp.ops import repeated_products, shared_spectra
+from crbp.ops.convolution import Spectra, running_spectra
 from crbp.solvers import Neumann, Solution, Solver, StopReason
 
 Policy = Literal["raise", "warn", "fallback"]
@@ -184,11 +185,11 @@ class CheckpointedBPTT(GradientMethod):
         step, tolerance = recurrence.step, recurrence.tolerance
         if not torch.is_grad_enabled():
             return advance(step, recurrence.start, recurrence.steps, tolerance)
-        size = self.chunk or math.isqrt(recurrence.steps - 1) + 1
+        size, spectra = self.chunk or math.isqrt(recurrence.steps - 1) + 1, running_spectra()
         head = advance(step, recurrence.start, 0)
         while head.steps < recurrence.steps - 1 and head.stop is StopReason.BUDGET:
             length = min(size, recurrence.steps - 1 - head.steps)
-            leaves = checkpoint(_chunk, step, length, *head.state, use_reentrant=False)
+            leaves = checkpoint(_chunk, step, length, spectra, *head.state, use_reentrant=False)
             half = len(leaves) // 2
             head = replace(head, previous=leaves[:half], state=leaves[half:], steps=head.steps + length)
             if tolerance is not None and float(relative_residual(head.previous, head.state)) <= tolerance:
@@ -196,8 +197,8 @@ class CheckpointedBPTT(GradientMethod):
         return head.followed_by(advance(step, head.state, 1))
 
 
-def _chunk(step: LeafStep, length: int, *state: Tensor) -> Leaves:
-    with shared_spectra():  # the backward pass takes these steps again, outside the run
+def _chunk(step: LeafStep, length: int, spectra: Spectra | None, *state: Tensor) -> Leaves:
+    with shared_spectra(spectra):  # the backward pass takes these steps again, outside the run
         rolled = advance(step, state, length)
     return *rolled.previous, *rolled.last
 

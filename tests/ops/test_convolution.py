@@ -117,10 +117,10 @@ def test_a_changed_kernel_is_transformed_anew() -> None:
 
 def test_a_computed_kernel_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     base = torch.randn(2, 2, 5, 5, requires_grad=True)
-    with torch.no_grad(), ops.shared_spectra():
+    with torch.no_grad(), ops.shared_spectra() as spectra:
         for factor in (1.0, 2.0):
             by_fft(torch.randn(1, 2, 8, 8), base * factor)
-        assert convolution._shared.spectra == {}
+        assert spectra.found == {}
 
 
 def test_a_gradient_within_a_run_without_one_is_found() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -163,6 +164,22 @@ def test_more_sizes_than_are_compiled_run_as_they_are(monkeypatch: pytest.Monkey
                 torch.testing.assert_close(fused(x, y), curve(x, y))
         else:
             torch.testing.assert_close(fused(x, y), curve(x, y))
+
+
+def test_products_of_more_sizes_than_are_compiled_are_not_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SIZES", 1)
+    fused, traced = ops.Fused(curve), []
+    original = module._traced
+    monkeypatch.setattr(module, "_traced", lambda *given: traced.append(1) or original(*given))
+    for size in (2, 3, 4, 5):
+        x, y, vector = torch.randn(size, requires_grad=True), torch.randn(size), torch.randn(size)
+        before = len(traced)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            with ops.repeated_products():
+                (product,) = torch.autograd.grad(fused(x, y), x, vector)
+        torch.testing.assert_close(product, torch.autograd.grad(curve(x, y), x, vector)[0])
+        assert (len(traced) > before) == (size <= 3)  # the second takes the whole product, compiled for one size too
 
 
 def test_a_norm_put_in_place_is_called() -> None:

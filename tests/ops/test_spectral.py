@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -172,7 +173,7 @@ def test_no_image_gives_a_gradient_of_zero(channels: int) -> None:
 
 
 @needs_compiler
-def test_an_adjoint_is_computed_once_and_not_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_adjoint_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     image = torch.randn(2, 16, 12, 12, requires_grad=True)
     layer = ops.Conv2d(16, 16, 5, method="fft")
     made: list[int] = []
@@ -187,6 +188,36 @@ def test_an_adjoint_is_computed_once_and_not_saved(monkeypatch: pytest.MonkeyPat
         torch.autograd.grad(result.sum(), image, create_graph=True)
     spectrum = spectral.spectrum(layer.weight, convolution._frames(image, layer.weight)[0][1])
     assert memory.bytes < 1.5 * spectrum.nbytes
+
+
+@needs_compiler
+@pytest.mark.parametrize(("method", "kernel"), [("fft", 5), ("winograd", 3)])
+def test_what_is_kept_of_a_kernel_is_counted_while_a_graph_has_it(method: Any, kernel: int) -> None:
+    image, layer = torch.randn(1, 16, 8, 8, requires_grad=True), ops.Conv2d(16, 16, kernel, method=method)
+
+    def counted(*, keep: bool) -> int:
+        with crbp.activation_memory(exclude=[image, layer.weight]) as memory:
+            with ops.shared_spectra():
+                (found,) = torch.autograd.grad(layer(image).sum(), image, create_graph=keep)
+            kept = found if keep else None  # noqa: F841
+        return memory.bytes
+
+    frame = convolution._frames(image, layer.weight)[0][1]
+    with torch.no_grad():
+        spectrum = spectral.spectrum(layer.weight, frame).nbytes if method == "fft" else 36 * 16 * 16 * 4
+    alone = counted(keep=False)
+    assert counted(keep=True) >= alone + spectrum
+
+
+@needs_compiler
+def test_chunks_that_are_taken_again_have_the_spectra_of_their_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    original = spectral._transformed
+    monkeypatch.setattr(spectral, "_transformed", lambda *given: made.append(1) or original(*given))
+    layer, drive = ops.Conv2d(4, 4, 5, method="fft"), torch.randn(1, 4, 12, 12)
+    evolve = crbp.Evolve(steps=9, gradient=crbp.CheckpointedBPTT(chunk=2))
+    evolve(lambda h: torch.tanh(drive + layer(h) / 9), torch.zeros_like(drive)).state.sum().backward()
+    assert made == [1]
 
 
 @needs_compiler

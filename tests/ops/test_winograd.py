@@ -156,7 +156,7 @@ def test_the_operator_refuses_kernels_that_do_not_fit(kernels: Tensor, error: st
 def test_outside_a_run_nothing_is_kept_of_a_kernel() -> None:
     result = by_winograd(torch.randn(1, 2, 8, 8), torch.randn(2, 2, 3, 3, requires_grad=True))
     assert result.grad_fn is not None
-    assert result.grad_fn.kernels is None
+    assert result.grad_fn.kept is None
 
 
 def test_it_is_chosen_for_small_kernels_of_few_channels() -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from crbp._checks import choice, count
 from crbp.ops import winograd
+from crbp.ops._kept import Kept
 from crbp.ops._native import found
-from crbp.ops.spectral import LANES, Adjoint, Frame, Sides, correlate, frame_for, native_suits, spectrum
+from crbp.ops.spectral import LANES, Frame, Sides, correlate, frame_for, native_suits, spectrum
 
 Method = Literal["auto", "direct", "fft", "winograd"]
+T = TypeVar("T")
 
 
 def conv2d(image: Tensor, weight: Tensor, bias: Tensor | None = None, *, method: Method = "auto") -> Tensor:
@@ -55,11 +57,17 @@ def conv2d(image: Tensor, weight: Tensor, bias: Tensor | None = None, *, method:
         return F.conv2d(image, weight, bias, padding="same")
     _check(image, weight, method)
     if method == "winograd":
-        result = winograd.correlate(image, weight, _kernels_of(weight))
+        result = winograd.correlate(image, weight, _shared_of(weight, "winograd", Kept) if _is_shared(weight) else None)
     else:
         frame = next(frame for _, frame in _frames(image, weight) if not frame.native or found() is not None)
-        transformed, adjoint = _spectrum_of(weight, frame)
-        result = correlate(image, transformed, frame, weight.shape[0], adjoint)
+        graph = torch.is_grad_enabled() or (_thread.spectra is not None and _thread.spectra.graph)
+
+        def transform() -> tuple[Tensor, Kept]:
+            with torch.set_grad_enabled(graph):
+                return spectrum(weight, frame), Kept()
+
+        transformed, kept = _shared_of(weight, (frame.size, frame.native, graph), transform)
+        result = correlate(image, transformed, frame, weight.shape[0], kept)
     return result if bias is None else result + bias[:, None, None]
 
 
@@ -171,52 +179,65 @@ class Conv2d(nn.Conv2d):
         return conv2d(image, self.weight, self.bias, method=self.method)
 
 
+@dataclass(kw_only=True)
+class Spectra:
+    """What has become of the kernels in one run.
+
+    Attributes:
+        graph: whether spectra carry gradients.
+        found: by kernel and what is wanted of it: the kernel, so that its id stays its own, its version, and what was
+            found for that.
+    """
+
+    graph: bool
+    found: dict[Hashable, tuple[Tensor, int, Any]] = field(default_factory=dict)
+
+
 @dataclass
-class _Shared(threading.local):
-    """What has become of the kernels in the run that this thread is in; each is kept as well, so that its id stays."""
-
-    spectra: dict[Any, tuple[Tensor, Adjoint, Tensor]] | None = None
-    kernels: dict[Any, tuple[winograd.Kernels, Tensor]] = field(default_factory=dict)
-    graph: bool = field(default=False)
+class _Thread(threading.local):
+    spectra: Spectra | None = None
 
 
-_shared = _Shared()
+_thread = _Thread()
 
 
 @contextmanager
-def shared_spectra() -> Iterator[None]:
-    """Transform each kernel once within this context, whose kernels must not be changed in it.
+def shared_spectra(spectra: Spectra | None = None) -> Iterator[Spectra]:
+    """Transform each kernel once within this context.
 
-    Where gradients are recorded on entering, the spectra carry them, also to uses under ``torch.no_grad`` inside: the
-    one spectrum serves the steps without a graph and the last one with it.
+    A kernel that an operation changes in place is transformed anew; a change that PyTorch does not count, through
+    ``.data``, is not seen. Where gradients are recorded on entering, the spectra carry them, also to uses under
+    ``torch.no_grad`` inside: the one spectrum serves the steps without a graph and the last one with it.
+
+    Args:
+        spectra: what an earlier context gave, to go on with that.
     """
-    before = _shared.spectra, _shared.kernels, _shared.graph
-    _shared.spectra, _shared.kernels, _shared.graph = {}, {}, torch.is_grad_enabled()
+    before = _thread.spectra
+    _thread.spectra = spectra or Spectra(graph=torch.is_grad_enabled())
     try:
-        yield
+        yield _thread.spectra
     finally:
-        _shared.spectra, _shared.kernels, _shared.graph = before
+        _thread.spectra = before
 
 
-def _kept(weight: Tensor) -> bool:
+def running_spectra() -> Spectra | None:
+    """Those of the context that this thread is in."""
+    return _thread.spectra
+
+
+def _is_shared(weight: Tensor) -> bool:
     # A weight that is itself computed is another one at every step: only what outlives the run is worth keeping.
     lasting = isinstance(weight, nn.Parameter) or (weight.is_leaf and weight.requires_grad)
-    return _shared.spectra is not None and lasting and not weight.is_inference()
+    return _thread.spectra is not None and lasting and not weight.is_inference()
 
 
-def _kernels_of(weight: Tensor) -> winograd.Kernels | None:
-    if not _kept(weight):
-        return None
-    return _shared.kernels.setdefault((id(weight), weight._version), (winograd.Kernels(), weight))[0]
-
-
-def _spectrum_of(weight: Tensor, frame: Frame) -> tuple[Tensor, Adjoint]:
-    if not _kept(weight):
-        return spectrum(weight, frame), Adjoint()
-    assert _shared.spectra is not None
-    graph = _shared.graph or torch.is_grad_enabled()
-    key = id(weight), weight._version, frame.size, frame.native, graph
-    if key not in _shared.spectra:
-        with torch.set_grad_enabled(graph):
-            _shared.spectra[key] = spectrum(weight, frame), Adjoint(), weight
-    return _shared.spectra[key][:2]
+def _shared_of(weight: Tensor, what: Hashable, make: Callable[[], T]) -> T:
+    """What is made of a kernel, once in a run."""
+    if not _is_shared(weight):
+        return make()
+    assert _thread.spectra is not None
+    found, key = _thread.spectra.found, (id(weight), what)
+    if key not in found or found[key][1] != weight._version:
+        found[key] = weight, weight._version, make()
+    made: T = found[key][2]
+    return made

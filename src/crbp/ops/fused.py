@@ -53,6 +53,7 @@ class Fused:
         self._compiled: dict[tuple[Any, Signature], Callable[..., Any]] = {}
         self._linear: dict[tuple[Indices, Signature], Linear | None] = {}
         self._sizes: Counter[Any] = Counter()
+        self._told = False
 
     def __call__(self, *tensors: Tensor) -> Tensor:
         """The function of ``tensors``."""
@@ -75,6 +76,8 @@ class Fused:
     def linearised(self, asked: Indices, *tensors: Tensor) -> Callable[[Tensor], tuple[Tensor, ...]]:
         """The same as a function of ``g`` alone, all computed and kept that depends on ``x…`` only."""
         key = asked, _signature(tensors)
+        if key not in self._linear and self._is_full(("residuals", asked)):
+            return lambda gradient: self.pullback(asked, gradient, *tensors[1:])
         if key not in self._linear:
             self._linear[key] = linearise(_traced(_first(self.function, asked), tensors))
         linear, arguments = self._linear[key], tensors[1:]
@@ -100,20 +103,24 @@ class Fused:
         with torch.autocast(tensors[0].device.type, enabled=False):
             if key in self._compiled:
                 return self._compiled[key](*tensors)
+            if self._is_full(name[:2]):
+                return function(*tensors)
             return self._first_run(key, function, tensors)
+
+    def _is_full(self, what: Any) -> bool:
+        """Whether what is asked for, whatever the sizes, has been compiled for as many as there may be."""
+        if self._sizes[what] < SIZES:
+            return False
+        if not self._told:
+            self._told = True
+            _warn(f"a fused function has been compiled for {SIZES} sizes of image and batch; others run as they are")
+        return True
 
     def _first_run(self, key: tuple[Any, Signature], function: Callable[..., Any], tensors: tuple[Tensor, ...]) -> Any:
         start = time.perf_counter()
-        self._compiled[key] = function
-        what = key[0][:2]  # without the sizes
-        self._sizes[what] += 1
+        self._sizes[key[0][:2]] += 1  # without the sizes
         try:
-            if self._sizes[what] <= SIZES:
-                self._compiled[key] = _compiled(_traced(function, tensors), tensors)
-            elif self._sizes[what] == SIZES + 1:
-                _warn(
-                    f"a fused function has been compiled for {SIZES} sizes of image and batch; others run as they are"
-                )
+            self._compiled[key] = _compiled(_traced(function, tensors), tensors)
             return self._compiled[key](*tensors)
         except torch._dynamo.exc.BackendCompilerFailed as error:
             _Compiler.give_up(error)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from crbp.ops import _native
 from crbp.ops._engine import wanted
+from crbp.ops._kept import Kept
 
 Sides = tuple[int, int]
 
@@ -247,24 +248,16 @@ def _lanes(dtype: torch.dtype) -> int:
     return lanes
 
 
-class Adjoint:
-    """``conj Sᵀ`` of one native spectrum S, computed when it is first asked for."""
-
-    def __init__(self) -> None:
-        self._found: Tensor | None = None
-
-    def of(self, spectrum: Tensor, outputs: int) -> Tensor:
-        """The adjoint's spectrum, without a graph; both arguments are to be the same every time."""
-        if self._found is None:
-            real, imaginary = spectrum.detach()[..., :outputs].mT.unbind(2)
-            self._found = _filled(torch.stack([real, -imaginary], 2))
-        return self._found
+def _adjoint(spectrum: Tensor, outputs: int) -> Tensor:
+    """``conj Sᵀ`` of a native spectrum S, without a graph."""
+    real, imaginary = spectrum.detach()[..., :outputs].mT.unbind(2)
+    return _filled(torch.stack([real, -imaginary], 2))
 
 
-def correlate(image: Tensor, spectrum: Tensor, frame: Frame, outputs: int, adjoint: Adjoint | None = None) -> Tensor:
-    """``(B, C, H, W)`` to ``(B, O, H, W)``; a native spectrum that is used more than once comes with its adjoint."""
+def correlate(image: Tensor, spectrum: Tensor, frame: Frame, outputs: int, kept: Kept | None = None) -> Tensor:
+    """``(B, C, H, W)`` to ``(B, O, H, W)``; a spectrum of several uses comes with what is kept of it, its adjoint."""
     if frame.native:
-        result: Tensor = _Correlate.apply(image, spectrum, adjoint or Adjoint(), frame, outputs, False)
+        result: Tensor = _Correlate.apply(image, spectrum, kept or Kept(), frame, outputs, False)
         return result
     height, width = image.shape[-2:]
     frequencies = torch.fft.rfft2(image, s=frame.size).flatten(2)
@@ -289,15 +282,15 @@ class _Correlate(torch.autograd.Function):
     """``(B, C, H, W)`` and a spectrum to ``(B, O, H, W)``; in reverse, ``(B, O, H, W)`` to ``(B, C, H, W)``."""
 
     @staticmethod
-    def forward(image: Tensor, spectrum: Tensor, adjoint: Adjoint, frame: Frame, outputs: int, reverse: bool) -> Tensor:
-        matrices = adjoint.of(spectrum, outputs) if reverse else spectrum
+    def forward(image: Tensor, spectrum: Tensor, kept: Kept, frame: Frame, outputs: int, reverse: bool) -> Tensor:
+        matrices = kept.get("adjoint", lambda: _adjoint(spectrum, outputs)) if reverse else spectrum
         channels = spectrum.shape[3] if reverse else outputs
         found: Tensor = _correlate(image, matrices, channels, *frame.size, *frame.tile, *frame.kernel)
         return found
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        image, spectrum, ctx.adjoint, ctx.frame, ctx.outputs, ctx.reverse = inputs
+        image, spectrum, ctx.kept, ctx.frame, ctx.outputs, ctx.reverse = inputs
         ctx.save_for_backward(image, spectrum)
 
     @staticmethod
@@ -306,7 +299,7 @@ class _Correlate(torch.autograd.Function):
         for_image, for_spectrum = wanted(ctx, 2)
         back = crossed = None
         if for_image:
-            back = _Correlate.apply(gradient, spectrum, ctx.adjoint, ctx.frame, ctx.outputs, not ctx.reverse)
+            back = _Correlate.apply(gradient, spectrum, ctx.kept, ctx.frame, ctx.outputs, not ctx.reverse)
         if for_spectrum:
             pair = (gradient, image) if ctx.reverse else (image, gradient)
             crossed = _Cross.apply(*pair, ctx.frame)
@@ -330,7 +323,7 @@ class _Cross(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         image, result = ctx.saved_tensors
         for_image, for_result = wanted(ctx, 2)
-        rest = gradient, Adjoint(), ctx.frame, result.shape[1]
+        rest = gradient, Kept(), ctx.frame, result.shape[1]
         return (
             _Correlate.apply(result, *rest, True) if for_image else None,
             _Correlate.apply(image, *rest, False) if for_result else None,

@@ -17,6 +17,7 @@ from torch.nn.grad import conv2d_weight
 
 from crbp.ops import _native
 from crbp.ops._engine import wanted
+from crbp.ops._kept import Kept
 
 KERNEL = (3, 3)
 POINTS = 36  # of a tile
@@ -43,26 +44,12 @@ def cost(images: int, height: int, width: int, inputs: int, outputs: int, thread
     return CALL + rows * (across * product + transforms * (inputs + outputs)) / threads
 
 
-class Kernels:
-    """``G w Gᵀ`` of the kernels of one layer and of those turned round, computed when they are first asked for.
+def correlate(image: Tensor, weight: Tensor, kept: Kept | None = None) -> Tensor:
+    """``(B, C, H, W)`` and ``(O, C, 3, 3)`` to ``(B, O, H, W)``.
 
-    They are kept for the run, eight times the weight, which `crbp.activation_memory` does not count.
+    A weight of several uses comes with what is kept of it, ``G w Gᵀ`` and the same of the kernels turned round.
     """
-
-    def __init__(self) -> None:
-        self._found: dict[bool, Tensor] = {}
-
-    def of(self, weight: Tensor, reverse: bool) -> Tensor:
-        """``(36, O, C)``, or ``(36, C, O)`` in reverse, without a graph; the weight is to be the same every time."""
-        if reverse not in self._found:
-            given = weight.detach()
-            self._found[reverse] = _transformed(given.flip(2, 3).transpose(0, 1) if reverse else given)
-        return self._found[reverse]
-
-
-def correlate(image: Tensor, weight: Tensor, kernels: Kernels | None) -> Tensor:
-    """``(B, C, H, W)`` and ``(O, C, 3, 3)`` to ``(B, O, H, W)``; a weight of several uses comes with its `Kernels`."""
-    result: Tensor = _Winograd.apply(image, weight, kernels, False)
+    result: Tensor = _Winograd.apply(image, weight, kept, False)
     return result
 
 
@@ -73,13 +60,14 @@ class _Winograd(torch.autograd.Function):
     """``(B, C, H, W)`` and a weight to ``(B, O, H, W)``; in reverse, ``(B, O, H, W)`` to ``(B, C, H, W)``."""
 
     @staticmethod
-    def forward(image: Tensor, weight: Tensor, kernels: Kernels | None, reverse: bool) -> Tensor:
-        found: Tensor = _correlate(image, (kernels or Kernels()).of(weight, reverse))
+    def forward(image: Tensor, weight: Tensor, kept: Kept | None, reverse: bool) -> Tensor:
+        given = weight.flip(2, 3).transpose(0, 1) if reverse else weight
+        found: Tensor = _correlate(image, (kept or Kept()).get(reverse, lambda: _transformed(given.detach())))
         return found
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        image, weight, ctx.kernels, ctx.reverse = inputs
+        image, weight, ctx.kept, ctx.reverse = inputs
         ctx.save_for_backward(image, weight)
 
     @staticmethod
@@ -88,7 +76,7 @@ class _Winograd(torch.autograd.Function):
         for_image, for_weight = wanted(ctx, 2)
         back = crossed = None
         if for_image:
-            back = _Winograd.apply(gradient, weight, ctx.kernels, not ctx.reverse)
+            back = _Winograd.apply(gradient, weight, ctx.kept, not ctx.reverse)
         if for_weight:
             given, found = (gradient, image) if ctx.reverse else (image, gradient)
             crossed = _crossed(given, found, weight.shape)
