@@ -18,7 +18,7 @@ from _tables import markdown, with_tables
 Numbers = dict[str, Any]
 FILES = ("bench", "memory", "solvers")
 STEPS = (5, 20, 100, 500)
-PRODUCTS = (1, 5, 9, 13, 17, 21, 29, 37)
+PRODUCTS = (1, 3, 6, 10, 15, 20, 30, 40)
 METHODS = {
     "C-RBP": "**C-RBP**",
     "BPTT": "BPTT", "CheckpointedBPTT": "checkpointed BPTT", "TruncatedBPTT": "truncated BPTT, 5 steps", "RBP": "RBP",
@@ -32,7 +32,11 @@ def tables(parts: dict[str, Numbers]) -> dict[str, str]:
     """The tables of the page by name, from the parts by the name of their file."""
     return {
         "kernels": kernels(parts["bench"]["kernels"]),
-        "memory": memory(parts["memory"]["memory"]),
+        "memory": memory(parts["memory"]["memory"], "saved_bytes"),
+        "grown": memory(parts["memory"]["memory"], "peak_bytes"),
+        "paper": paper(parts["memory"]["memory"]["paper"]),
+        "f1": time_to_f1(parts["bench"]["time_to_f1"]),
+        "precision": precision(parts["bench"]["precision"]),
         "solvers": solvers(parts["solvers"]["solvers"]),
         "scaling": scaling(parts["bench"]["scaling"]),
     }
@@ -48,23 +52,65 @@ def kernels(part: Numbers) -> str:
     return markdown(("kernel", "N", "crbp", "textbook", "ratio", "wanted"), body)
 
 
-def memory(part: Numbers) -> str:
-    """MiB that autograd saves, by method and number of steps."""
+def memory(part: Numbers, what: str) -> str:
+    """MiB that autograd saves or the process grows by, by method and number of steps."""
     body = []
     for name, title in METHODS.items():
-        saved = {row["steps"]: row["saved_bytes"] / 2**20 for row in part["methods"][name]["rows"]}
+        saved = {row["steps"]: row[what] / 2**20 for row in part["methods"][name]["rows"]}
         body.append([title, *(_three(saved[steps]) for steps in STEPS)])
     return markdown(("N", *map(str, STEPS)), body)
+
+
+def paper(part: Numbers) -> str:
+    """C-RBP beside one step of BPTT at the paper's size, MiB."""
+    body = []
+    for row in part["rows"]:
+        of = [(f"{row[f'{code}_bytes'] / 2**20:.1f}") for code in ("crbp", "bptt_one_step")]
+        grown = [row.get(f"{code}_peak_bytes") for code in ("crbp", "bptt_one_step")]
+        sizes = [f"{each / 2**20:.0f}" if each else "" for each in grown]
+        ratio = f"{grown[0] / grown[1]:.2f}×" if all(grown) else ""
+        body.append([row["what"], *of, f"**{row['saved_ratio']:.2f}×**", *sizes, ratio])
+    saved, grown_by = ("kept, C-RBP", "one step", "ratio"), ("process grows by, C-RBP", "one step", "ratio")
+    return markdown(("images", *saved, *grown_by), body)
+
+
+def time_to_f1(part: Numbers) -> str:
+    """Seconds to the target by code."""
+    body = []
+    for name, found in part["codes"].items():
+        whole = f"{found['seconds']:.1f} s" if found["seconds"] else "not reached"
+        ratio = f"**{found['speedup']:.2f}×**" if found["speedup"] else ""
+        each = [f"{1e3 * found['seconds_per_image']:.1f} ms", f"{found['speedup_per_image']:.2f}×"]
+        first = f"{found['first_batch_seconds']:.1f} s"
+        body.append([name, f"{found['images'] or ''}", whole, ratio, first, *each])
+    return markdown(("code", "images", "whole", "ratio", "of which the first batch", "an image", "ratio"), body)
+
+
+def precision(part: Numbers) -> str:
+    """float32 beside bfloat16."""
+    body = []
+    for row in part["rows"]:
+        seconds = [_spread(row[name], unit=" s") for name in ("float32", "bfloat16")]
+        errors = [f"{row['gradient_error_overall']:.1%}", f"{row['gradient_error']:.0%} (`{row['gradient_error_at']}`)"]
+        side = row["kernel_size"]
+        body.append([f"{side}×{side}", *seconds, _spread(row["speedup"], unit="×", bold=True), *errors])
+    return markdown(("kernel", "float32", "bfloat16", "ratio", "error of the gradient", "of the worst parameter"), body)
 
 
 def solvers(part: Numbers) -> str:
     """Relative error of the gradient, by solver and products."""
     places = [part["products"].index(count) for count in PRODUCTS]
     body = [
-        [name, *(f"{found[place]:.1e}".replace("e-0", "e-") for place in places)]
-        for name, found in part["relative_error"].items()
+        [
+            name if solver == "Neumann" else "",
+            f"{found['spectral_radius']:.3f}" if solver == "Neumann" else "",
+            solver,
+            *(f"{errors[place]:.1e}".replace("e-0", "e-") for place in places),
+        ]
+        for name, found in part["networks"].items()
+        for solver, errors in found["relative_error"].items()
     ]
-    return markdown(("products", *map(str, PRODUCTS)), body)
+    return markdown(("network", "radius", "products", *map(str, PRODUCTS)), body)
 
 
 def scaling(part: Numbers) -> str:

@@ -36,6 +36,7 @@ def test_the_machine_is_named(numbers):
 
 def test_both_codes_take_the_same_step(numbers):
     step = numbers["parts"]["step"]
+    assert step["not_fused"]["loss_difference"] == step["loss_difference"]  # at the quick size neither is fused
     assert step["loss_difference"] < 1e-5
     assert step["gradient_difference"] < 1e-3
     # Float32 against float64 is what both are away from the truth by; crbp is no further than a few times that.
@@ -58,34 +59,38 @@ def test_memory_is_flat_for_c_rbp_and_linear_for_bptt(numbers):
         assert curve["stopped_before"] is None
         assert all(row["peak_bytes"] >= 0 for row in curve["rows"])
     paper = memory["paper"]
-    assert paper["crbp_bytes"] == pytest.approx(paper["crbp_over_one_step_bptt"] * paper["bptt_one_step_bytes"])
-    one, two = (paper["bptt_steps_in_24_gib"][batch] for batch in ("1", "2"))
-    assert one == pytest.approx(2 * two, rel=1e-2)
+    for row in paper["rows"]:
+        assert row["crbp_bytes"] > row["bptt_one_step_bytes"] > 0
+        assert row["saved_ratio"] == pytest.approx(row["crbp_bytes"] / row["bptt_one_step_bytes"])
+        assert row["crbp_peak_bytes"] >= 0
+    assert [row["batch"] for row in paper["rows"]] == [1, 2]
 
 
 def test_solvers_close_in_on_the_gradient(numbers):
-    solvers = numbers["parts"]["solvers"]
-    assert solvers["reference"]["residual"] < 1e-8
-    assert solvers["spectral_radius"] == pytest.approx(0.9, abs=0.05)
-    for errors in solvers["relative_error"].values():
+    (solved,) = numbers["parts"]["solvers"]["networks"].values()
+    assert solved["reference"]["residual"] < 1e-8
+    assert 0.5 < solved["spectral_radius"] < 1  # trained, and trained to contract
+    for errors in solved["relative_error"].values():
         assert errors[-1] < errors[0]
-        assert errors[-1] < solvers["one_step_error"]
+        assert errors[-1] < solved["one_step_error"]
     # No solver that spends as many products has a smaller residual than GMRES; its error is smallest in the end too.
-    last = {name: errors[-1] for name, errors in solvers["relative_error"].items()}
+    last = {name: errors[-1] for name, errors in solved["relative_error"].items()}
     assert last["GMRES"] < last["Neumann"]
 
 
 @pytest.mark.slow
 def test_the_other_parts(tmp_path):
     out = tmp_path / "bench"
-    others = ["kernels", "time_to_f1", "precision", "scaling", "roofline"]
+    others = ["compiling", "kernels", "time_to_f1", "precision", "scaling", "roofline", "images"]
     assert main(["bench", "--quick", "--threads", "1", "--out", str(out), "--only", *others]) == 0
     parts = json.loads((out / "bench.json").read_text())["parts"]
     assert [row["kernel_size"] for row in parts["kernels"]["rows"]] == [3, 5, 9]
     assert all(1e-4 < row["gradient_error_overall"] < 0.2 for row in parts["precision"]["rows"])
     assert all(row["gradient_difference"] < 1e-2 for row in parts["kernels"]["rows"])
-    race = parts["time_to_f1"]
-    assert race["speedup_per_image"] > 0
+    assert parts["compiling"]["empty"]["median"] > parts["compiling"]["filled"]["median"] > 0
+    assert 0 < parts["images"]["mini"]["median"] < 100
+    race = parts["time_to_f1"]["codes"]
+    assert race["crbp"]["speedup_per_image"] > 0
     assert [point["images"] for point in race["crbp"]["curve"]] == [80, 160]
     # The same weights, batches and optimiser: float32 sets the two apart only slowly.
     first = [race[name]["curve"][0]["f1"] for name in ("crbp", "textbook")]
@@ -96,6 +101,7 @@ def test_the_other_parts(tmp_path):
     assert least["direct"] > 0
     assert least["fft"] > 0
     assert least["elementwise"] > 0
+    assert all(seconds > 0 for seconds in parts["roofline"]["measured_seconds"].values())
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ class Part(Protocol):
 
 PARTS: dict[str, Part] = {
     "step": speed.step,
+    "compiling": speed.compiling,
     "kernels": speed.kernels,
     "memory": memory.memory,
     "time_to_f1": convergence.time_to_f1,
@@ -34,6 +35,7 @@ PARTS: dict[str, Part] = {
     "precision": speed.precision,
     "scaling": speed.scaling,
     "roofline": speed.roofline,
+    "images": speed.images,
 }
 
 

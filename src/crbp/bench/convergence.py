@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import crbp
 from crbp.bench.measure import (
+    CHECKOUT,
     Gradients,
     Numbers,
     forget_compiled,
@@ -26,6 +27,8 @@ from crbp.errors import CrbpError
 from crbp.losses import focal_loss
 from crbp.models import PathfinderNet
 from crbp.solvers import Solver
+from crbp.tasks import Generated, load_net
+from crbp.tasks.sampling import stacked
 
 if TYPE_CHECKING:
     from crbp.demo.recipe import Recipe
@@ -38,7 +41,7 @@ PRECISION = 1e-12  # relative residual of the reference solution
 
 @dataclass
 class _Runner:
-    """One of the two codes in training: its parameters, how it takes a step, how long that has taken so far."""
+    """One of the codes in training: its parameters, how it takes a step, how long that has taken so far."""
 
     net: nn.Module
     step: Callable[[Tensor, Tensor, int, float], tuple[Tensor, Gradients]]
@@ -87,9 +90,9 @@ class _Runner:
 def time_to_f1(*, quick: bool) -> Numbers:
     """Seconds of training until validation F1 first reaches 0.9 on the demo's task, one thread each.
 
-    Both codes start from the same weights and see the same batches, one after the other, at the same rates, numbers of
-    steps and weights of the penalty. Making images and validating is not counted; compiling is, in the first batch,
-    which ``seconds_per_image`` leaves out.
+    All codes start from the same weights and see the same batches, one after the other, at the same rates, numbers of
+    steps and weights of the penalty; crbp once as it is by default and once fused. Making images and validating is not
+    counted; compiling is, in the first batch, which ``seconds_per_image`` leaves out.
     """
     from crbp.demo.recipe import FULL
     from crbp.demo.training import validation
@@ -99,31 +102,33 @@ def time_to_f1(*, quick: bool) -> Numbers:
     torch.set_num_threads(1)
     try:
         seen = validation(recipe, seed=0)
-        runners = _runners(recipe, fused=not quick)
+        runners = _runners(recipe, fused=(False,) if quick else (False, True))
         _race(recipe, runners, seen, every=80 if quick else EVERY)
     finally:
         torch.set_num_threads(threads)
     numbers: Numbers = {"target": TARGET, "seed": 0, "cap": recipe.images, "threads": 1}
-    numbers |= {name: runner.numbers() for name, runner in runners.items()}
-    ours, theirs = numbers["crbp"], numbers["textbook"]
-    both = ours["seconds"] is not None and theirs["seconds"] is not None
-    numbers["speedup"] = theirs["seconds"] / ours["seconds"] if both else None
-    # Both without their first batch, in which what is compiled compiles.
-    later = [found["seconds"] - found["first_batch_seconds"] for found in (ours, theirs)] if both else [1.0, 1.0]
-    numbers["speedup_after_first_batch"] = later[1] / later[0] if both else None
-    numbers["speedup_per_image"] = theirs["seconds_per_image"] / ours["seconds_per_image"]
-    return numbers
+    codes = {name: runner.numbers() for name, runner in runners.items()}
+    theirs = codes["textbook"]
+    for found in codes.values():
+        whole = found["seconds"] is not None and theirs["seconds"] is not None
+        found["speedup"] = theirs["seconds"] / found["seconds"] if whole else None
+        found["speedup_per_image"] = theirs["seconds_per_image"] / found["seconds_per_image"]
+    return {**numbers, "codes": codes}
 
 
-def _runners(recipe: Recipe, *, fused: bool) -> dict[str, _Runner]:
+def _runners(recipe: Recipe, *, fused: Sequence[bool]) -> dict[str, _Runner]:
+    """By name of the code; ours is fused or not, or both."""
     forget_compiled()
     torch.manual_seed(0)
-    net = _net(recipe, fused=fused)
+    start = recipe.net(recipe.rbp)
     other: Any = textbook().TextbookNet(recipe.channels, recipe.kernel_size)
-    other.load_state_dict(net.state_dict())
+    other.load_state_dict(start.state_dict())
 
-    def ours(image: Tensor, mask: Tensor, steps: int, weight: float) -> tuple[Tensor, Gradients]:
-        return training_step(net, image, mask, steps=steps, weight=weight, gamma=recipe.gamma)
+    def ours(net: PathfinderNet) -> _Runner:
+        def step(image: Tensor, mask: Tensor, steps: int, weight: float) -> tuple[Tensor, Gradients]:
+            return training_step(net, image, mask, steps=steps, weight=weight, gamma=recipe.gamma)
+
+        return _Runner(net, step, lambda image: net(image).logits, adam(net))
 
     def theirs(image: Tensor, mask: Tensor, steps: int, weight: float) -> tuple[Tensor, Gradients]:
         result: tuple[Tensor, Gradients] = textbook().training_step(
@@ -135,23 +140,21 @@ def _runners(recipe: Recipe, *, fused: bool) -> dict[str, _Runner]:
         return torch.optim.Adam(module.parameters(), lr=recipe.learning_rate, betas=(0.9, recipe.beta2))
 
     return {
-        "crbp": _Runner(net, ours, lambda image: net(image).logits, adam(net)),
+        **{"crbp, fused" if each else "crbp": ours(_net(recipe, start, fused=each)) for each in fused},
         "textbook": _Runner(other, theirs, lambda image: other(image, recipe.steps), adam(other)),
     }
 
 
-def _net(recipe: Recipe, *, fused: bool) -> PathfinderNet:
-    """The demo's model around a cell that is fused or not."""
+def _net(recipe: Recipe, start: PathfinderNet, *, fused: bool) -> PathfinderNet:
+    """The demo's model with the weights of another, around a cell that is fused or not."""
     net = recipe.net(recipe.rbp)
-    cell = make_cell(recipe.channels, recipe.kernel_size, fused=fused, horizon=recipe.horizon)
-    assert isinstance(net.cell, crbp.cells.HGRU)
-    cell.load_state_dict(net.cell.state_dict())
-    net.cell = cell
+    net.cell = make_cell(recipe.channels, recipe.kernel_size, fused=fused, horizon=recipe.horizon)
+    net.load_state_dict(start.state_dict())
     return net
 
 
 def _race(recipe: Recipe, runners: dict[str, _Runner], seen: tuple[Tensor, Tensor], *, every: int) -> None:
-    """Train both until each is done, or the images are used up or its gradient is no longer finite."""
+    """Train all until each is done, or the images are used up or its gradient is no longer finite."""
     total = recipe.images // recipe.batch_size
     draw = torch.Generator().manual_seed(0)
     batches = _batches(recipe)
@@ -180,17 +183,35 @@ def _batches(recipe: Recipe) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def solvers(*, quick: bool) -> Numbers:
-    """Relative error of the gradient against the vector-Jacobian products spent, on a cell whose radius is near 0.9.
+    """Relative error of the gradient against the vector-Jacobian products spent, of networks that C-RBP has trained.
 
     The error is ``‖(u − u*)ᵀ ∂f/∂θ‖ / ‖u*ᵀ ∂f/∂θ‖`` over all parameters of the cell, in float64, with ``u*`` solved to
-    a relative residual of 1e-12. The cell is briefly trained, which leaves its spectral radius near 0.98;
-    then the bias of its update gates is raised, which makes it forget sooner, until the radius is 0.9
-    (where no bias does, the scales of its norms are halved first).
+    a relative residual of 1e-12. The networks are those of `results/pathfinder`, as they are, on two images each, after
+    so many steps that the state hardly moves.
     """
-    net, image, mask = _settled_cell(quick=quick)
-    tuned = _tune(net, image, wanted=0.9, settle=50 if quick else 150)
-    last, previous, g = _linear_problem(net, image, mask, settle=50 if quick else 150)
-    assert isinstance(net.cell, nn.Module)
+    products = (1, 2, 4, 8, 16) if quick else tuple(range(1, 41))
+    networks = {name: _solved(name, products) for name in (NETWORKS[:1] if quick else NETWORKS)}
+    return {"seed": 0, "products": list(products), "networks": networks}
+
+
+NETWORKS = ("small5_hgru_crbp", "small9_hgru_crbp", "small14_hgru_crbp")
+SETTLING = 8  # times N steps
+_SOLVERS: dict[str, Callable[[int], Solver]] = {
+    "Neumann": lambda terms: crbp.Neumann(terms=terms),
+    "Anderson": lambda terms: crbp.Anderson(terms=terms, tolerance=0.0),
+    "GMRES": lambda terms: crbp.GMRES(terms=terms, tolerance=0.0),
+}
+
+
+def _solved(name: str, products: Sequence[int]) -> Numbers:
+    """What each solver makes of the backward equation of one network."""
+    net: Any = load_net(CHECKOUT / "results" / "pathfinder" / "weights" / f"{name}.safetensors").double()
+    images, mask = stacked(Generated(preset=name.split("_")[0]).items("val", 2, 0), 2)
+    image, settle = images.double(), SETTLING * net.evolve.steps
+    radius = crbp.spectral_radius(
+        net(image, steps=settle).run, per_sample=True, generator=torch.Generator().manual_seed(0)
+    ).radius.max()
+    last, previous, g = _linear_problem(net, image, mask, settle=settle)
     parameters = list(net.cell.parameters())
 
     def vjp(v: Tensor) -> Tensor:
@@ -202,78 +223,21 @@ def solvers(*, quick: bool) -> Numbers:
     found = crbp.GMRES(terms=200, tolerance=PRECISION).solve(vjp, g)
     if not found.residual < 1e-8:
         raise CrbpError(
-            f"the reference solution ended at a residual of {found.residual:.1e}; the radius is "
-            f"{tuned['spectral_radius']:.3f}"
+            f"the reference solution of {name} ended at a residual of {found.residual:.1e}; its spectral radius is "
+            f"{float(radius):.3f}"
         )
     wanted = gradient(found.solution)
-    products = (1, 2, 4, 8, 16) if quick else tuple(range(1, 41))
-    curves: dict[str, list[float]] = {}
-    for name, make in _SOLVERS.items():
-        curves[name] = [relative(gradient(make(terms).solve(vjp, g).solution), wanted) for terms in products]
+    curves = {
+        solver: [relative(gradient(make(terms).solve(vjp, g).solution), wanted) for terms in products]
+        for solver, make in _SOLVERS.items()
+    }
     return {
-        **tuned,
+        "steps": net.evolve.steps,
+        "spectral_radius": float(radius),
         "reference": {"products": found.terms, "residual": found.residual},
-        "products": list(products),
         "relative_error": curves,
         "one_step_error": relative(gradient(g), wanted),
-        "products_to_1e-3": {
-            name: next((k for k, error in zip(products, curve, strict=True) if error <= 1e-3), None)
-            for name, curve in curves.items()
-        },
     }
-
-
-_SOLVERS: dict[str, Callable[[int], Solver]] = {
-    "Neumann": lambda terms: crbp.Neumann(terms=terms),
-    "Anderson": lambda terms: crbp.Anderson(terms=terms, tolerance=0.0),
-    "GMRES": lambda terms: crbp.GMRES(terms=terms, tolerance=0.0),
-}
-
-
-def _settled_cell(*, quick: bool) -> tuple[PathfinderNet, Tensor, Tensor]:
-    """A briefly trained model in float64 and a batch of it."""
-    from crbp.demo.recipe import FULL
-
-    recipe = replace(FULL, images=1_600)
-    if quick:
-        recipe = replace(recipe, images=48, channels=6, kernel_size=5)
-    torch.manual_seed(0)
-    net = recipe.net(recipe.rbp)
-    optimizer = torch.optim.Adam(net.parameters(), lr=3e-3, betas=(0.9, recipe.beta2))
-    batches = _batches(recipe)
-    for _ in range(recipe.images // recipe.batch_size):
-        image, mask = next(batches)
-        training_step(net, image, mask, weight=recipe.penalty.weight, gamma=recipe.gamma)
-        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimizer.step()
-    return net.double(), image[:2].double(), mask[:2]
-
-
-def _tune(net: PathfinderNet, image: Tensor, *, wanted: float, settle: int) -> Numbers:
-    """Bring the spectral radius to ``wanted``; see `solvers`. Returns it, and what was changed by how much."""
-    named = dict(net.named_parameters())
-    bias = named["cell.update_gate.bias"]
-    scales = [named["cell.inhibition_norm.weight"], named["cell.excitation_norm.weight"]]
-    start = bias.detach().clone()
-
-    @torch.no_grad()
-    def radius(shift: float) -> float:
-        bias.copy_(start + shift)
-        run = net(image, steps=settle).run
-        assert run is not None
-        generator = torch.Generator().manual_seed(0)
-        return float(crbp.spectral_radius(run, per_sample=True, generator=generator).radius.max())
-
-    factor, low, high = 1.0, 0.0, 8.0
-    while radius(high) >= wanted and factor > 1e-3:
-        factor /= 2
-        with torch.no_grad():
-            for scale in scales:
-                scale.div_(2)
-    for _ in range(8):
-        middle = (low + high) / 2
-        low, high = (low, middle) if radius(middle) < wanted else (middle, high)
-    return {"spectral_radius": radius(high), "bias_raised_by": high, "norm_scales_times": factor}
 
 
 def _linear_problem(net: PathfinderNet, image: Tensor, mask: Tensor, *, settle: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -29,17 +29,15 @@ def memory(numbers: Numbers) -> Figure:
 
 
 def solvers(numbers: Numbers) -> Figure:
-    """Relative error of the gradient against vector-Jacobian products."""
-    figure, (axes,) = _axes(1)
-    for (name, errors), colour in zip(numbers["relative_error"].items(), _COLOURS, strict=False):
-        axes.plot(numbers["products"], errors, label=name, color=colour, linewidth=2)
-    axes.set(
-        xlabel="vector-Jacobian products",
-        ylabel="relative error of the gradient",
-        yscale="log",
-        title=f"spectral radius {numbers['spectral_radius']:.2f}",
-    )
-    axes.legend(frameon=False)
+    """Relative error of the gradient against vector-Jacobian products, for each network."""
+    figure, grid = _axes(len(numbers["networks"]))
+    for axes, (name, found) in zip(grid, numbers["networks"].items(), strict=True):
+        for (solver, errors), colour in zip(found["relative_error"].items(), _COLOURS, strict=False):
+            axes.plot(numbers["products"], errors, label=solver, color=colour, linewidth=2)
+        title = f"{name.split('_')[0]}, spectral radius {found['spectral_radius']:.2f}"
+        axes.set(xlabel="vector-Jacobian products", yscale="log", title=title)
+    grid[0].set(ylabel="relative error of the gradient")
+    grid[0].legend(frameon=False)
     return figure
 
 
@@ -62,8 +60,8 @@ def scaling(numbers: Numbers) -> Figure:
 def time_to_f1(numbers: Numbers) -> Figure:
     """Validation F1 against seconds of training."""
     figure, (axes,) = _axes(1)
-    for code, colour in zip(("crbp", "textbook"), _COLOURS, strict=False):
-        curve = numbers[code]["curve"]
+    for (code, found), colour in zip(numbers["codes"].items(), _COLOURS, strict=False):
+        curve = found["curve"]
         axes.plot([p["seconds"] for p in curve], [p["f1"] for p in curve], "o-", label=code, color=colour, ms=4)
     axes.axhline(numbers["target"], color="0.5", linestyle=":")
     axes.set(xlabel="seconds of training, one core", ylabel="validation F1", ylim=(0, 1))

@@ -43,23 +43,35 @@ def memory(*, quick: bool) -> Numbers:
     counts = (5, 10, 20) if quick else (5, 10, 20, 50, 100, 200, 500)
     names = ("BPTT", "C-RBP") if quick else METHODS
     methods = {name: _curve(name, size, counts) for name in names}
-    paper = replace(TINY if quick else PAPER, batch=1, fused=False)
-    per_step, first = _per_step(paper)
-    crbp_bytes = saved(replace(paper, steps=3), "C-RBP")
+    return {"size": asdict(size), "steps": list(counts), "methods": methods, "paper": _paper(quick=quick)}
+
+
+def _paper(*, quick: bool) -> Numbers:
+    """C-RBP beside one step of BPTT at the paper's size, and how many steps of BPTT a device holds.
+
+    Growth is that of a process and only for cells that are not fused, since compiling takes memory as well.
+    """
+    paper = TINY if quick else PAPER
+    rows = []
+    for fused, batch in ((False, 1), (False, 2)) if quick else ((False, 1), (False, 2), (True, 1), (True, 2)):
+        size = replace(paper, batch=batch, fused=fused)
+        ours, one = (saved(replace(size, steps=steps), method) for steps, method in ((3, "C-RBP"), (1, "BPTT")))
+        row = {"what": f"{'fused' if fused else 'not fused'}, {batch} at a time", "fused": fused, "batch": batch}
+        row |= {"crbp_bytes": ours, "bptt_one_step_bytes": one, "saved_ratio": ours / one}
+        if not fused:
+            grown = [_in_process(replace(size, steps=n), name)["peak_bytes"] for n, name in ((3, "C-RBP"), (1, "BPTT"))]
+            row |= {"crbp_peak_bytes": grown[0], "bptt_one_step_peak_bytes": grown[1]}
+        rows.append(row)
+    few, many = (4, 8) if quick else (4, 12)
+    alone = replace(paper, batch=1, fused=False)
+    peaks = [_in_process(replace(alone, steps=steps), "BPTT")["peak_bytes"] for steps in (few, many)]
+    per_step = (peaks[1] - peaks[0]) / (many - few)
     return {
-        "size": asdict(size),
-        "steps": list(counts),
-        "methods": methods,
-        "paper": {
-            "size": asdict(paper),
-            "bptt_bytes_per_step": per_step,
-            "bptt_one_step_bytes": first,
-            "crbp_bytes": crbp_bytes,
-            "crbp_over_one_step_bptt": crbp_bytes / first,
-            "bptt_steps_in_24_gib": {
-                str(batch): int((DEVICE / batch - first) // per_step) + 1 for batch in (1, 2, 8, 32, 128)
-            },
-        },
+        "size": asdict(paper),
+        "rows": rows,
+        "bptt_peak_bytes": dict(zip((str(few), str(many)), peaks, strict=True)),
+        "bptt_peak_bytes_per_step": per_step,
+        "bptt_steps_in_24_gib": {str(batch): int(DEVICE / batch // per_step) for batch in (1, 2, 8, 32, 128)},
     }
 
 
@@ -76,12 +88,6 @@ def saved(size: Size, method: str) -> int:
             loss = loss + WEIGHT * crbp.lipschitz_penalty(prediction.run, reduction="mean_square")
     del prediction, loss
     return found.bytes
-
-
-def _per_step(size: Size) -> tuple[int, int]:
-    """Bytes that BPTT saves for each step more, and for one step."""
-    one, two, three = (saved(replace(size, steps=steps), "BPTT") for steps in (1, 2, 3))
-    return three - two, one
 
 
 def _curve(method: str, size: Size, counts: tuple[int, ...]) -> Numbers:

@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from functools import cache
+from functools import cache, partial
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
-from crbp.bench.measure import Numbers, Pair, Size, flat, in_turns, relative, spread
+from crbp.bench.measure import (
+    WEIGHT,
+    Numbers,
+    Pair,
+    Size,
+    flat,
+    in_turns,
+    make_cell,
+    relative,
+    spread,
+    timed,
+    training_step,
+)
+from crbp.data.pathfinder import Pathfinder
+from crbp.ops import repeated_products, shared_spectra
 from crbp.ops.spectral import frame_for
 
 PAPER = Size()
@@ -19,9 +38,58 @@ BYTES = 4  # of a float32
 
 
 def step(*, quick: bool) -> Numbers:
-    """A training step at the paper's size, penalty on, batch 2, float32."""
-    size = TINY if quick else PAPER
-    return {"size": asdict(size), **Pair.of(size).compare(repeats=3 if quick else 5), "float64": exactness(size)}
+    """A training step at the paper's size, penalty on, batch 2, float32; fused, and as cells are by default."""
+    size, repeats = TINY if quick else PAPER, 3 if quick else 5
+    plain = replace(size, fused=False)
+    return {
+        "size": asdict(size),
+        **Pair.of(size).compare(repeats),
+        "not_fused": Pair.of(plain).compare(repeats),
+        "float64": exactness(size),
+    }
+
+
+def compiling(*, quick: bool) -> Numbers:
+    """Seconds of the first fused training step beyond those of the next, with an empty and a filled cache on disk.
+
+    Each in a process of its own; the step's size hardly matters.
+    """
+    job = json.dumps(asdict(replace(TINY, fused=True)))
+    seconds: dict[str, list[float]] = {"empty": [], "filled": []}
+    with TemporaryDirectory() as folder:
+        variables = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": folder}
+        for name in ("empty", "filled") if quick else ("empty", "filled", "filled", "filled"):
+            code = (
+                "import json, sys; from crbp.bench.speed import first_step; print(first_step(json.loads(sys.argv[1])))"
+            )
+            done = subprocess.run(
+                [sys.executable, "-c", code, job], env=variables, capture_output=True, text=True, check=True
+            )
+            seconds[name].append(float(done.stdout.splitlines()[-1]))
+    return {name: spread(values) for name, values in seconds.items()}
+
+
+def first_step(size: dict[str, Any]) -> float:
+    """Seconds of the first training step of this process beyond those of the next."""
+    given = Size(**size)
+    net, (image, mask) = given.net(), given.data()
+    first, second = (timed(lambda: training_step(net, image, mask, weight=WEIGHT))[1] for _ in range(2))
+    return first - second
+
+
+def images(*, quick: bool) -> Numbers:
+    """Milliseconds to make an image of each task, one thread, the generator compiled."""
+    threads, rows = torch.get_num_threads(), {}
+    torch.set_num_threads(1)
+    try:
+        for preset in ("mini",) if quick else ("mini", "small14", "pf14"):
+            data = Pathfinder(preset=preset, split="train", seed=0)
+            data[0]
+            seconds = [timed(partial(data.__getitem__, index))[1] for index in range(1, 17 if quick else 201)]
+            rows[preset] = spread([1e3 * each for each in seconds])
+    finally:
+        torch.set_num_threads(threads)
+    return rows
 
 
 def exactness(size: Size) -> Numbers:
@@ -144,6 +212,7 @@ def roofline(*, quick: bool) -> Numbers:
             "fft": max(fourier / peak["best"], spectra / bandwidth["triad"]),
             "elementwise": elementwise / bandwidth["triad"],
         },
+        "measured_seconds": _measured(size),
         "note": "no cache is counted on: a tensor that stays in one moves faster than the bandwidth of memory",
     }
 
@@ -190,6 +259,31 @@ def _fourier(size: Size) -> tuple[float, float]:
     flops = convolutions(size) * each + 2 * pairs * transform  # two spectra and their gradients, of half planes
     moved = BYTES * (2 * size.batch * size.channels * size.image**2 + pairs * points)
     return flops, float(convolutions(size) * moved)
+
+
+def _measured(size: Size) -> Numbers:
+    """Of one convolution, one step of the cell without a graph and one vector-Jacobian product of it, the least."""
+    torch.manual_seed(0)
+    cell = make_cell(size.channels, size.kernel_size, fused=size.fused)
+    drive = torch.rand(size.batch, size.channels, size.image, size.image)
+    with shared_spectra():
+        with torch.no_grad():
+            state = cell(cell.initial_state(drive), drive)
+            jobs: dict[str, Any] = {
+                "convolution": lambda: cell.inhibition(state),
+                "step": lambda: cell(state, drive),
+            }
+            in_turns(jobs, 2)
+            found = in_turns(jobs, 10)
+        state.requires_grad_()
+        last, vector = cell(state, drive), torch.rand_like(state)
+        with repeated_products():
+            product = {
+                "product": lambda: torch.autograd.grad(last, state, vector, retain_graph=True),
+            }
+            in_turns(product, 2)
+            found |= in_turns(product, 10)
+    return {name: min(values) for name, values in found.items()}
 
 
 def _elementwise_bytes(size: Size) -> float:

@@ -44,7 +44,19 @@ def step(numbers: Numbers) -> Table:
         f"A training step: {size['channels']} channels, {size['kernel_size']}×{size['kernel_size']} kernels, "
         f"{size['batch']} images of {size['image']}×{size['image']}, N = {size['steps']}, K = {size['terms']}"
     )
-    return _table(title, ("", *_PAIR), [["step", *_pair(numbers)]])
+    rows = [["fused" if size["fused"] else "not fused", *_pair(numbers)], ["not fused", *_pair(numbers["not_fused"])]]
+    return _table(title, ("", *_PAIR), rows)
+
+
+def compiling(numbers: Numbers) -> Table:
+    """Seconds of compiling."""
+    rows = [[f"{name} cache", _spread(found, " s")] for name, found in numbers.items()]
+    return _table("Compiling a fused cell", ("", "seconds"), rows)
+
+
+def images(numbers: Numbers) -> Table:
+    """Milliseconds of an image."""
+    return _table("Making an image", ("task", "ms"), [[name, _spread(found)] for name, found in numbers.items()])
 
 
 def kernels(numbers: Numbers) -> Table:
@@ -64,10 +76,12 @@ def precision(numbers: Numbers) -> Table:
             _spread(row["bfloat16"], " s"),
             _spread(row["speedup"], "×"),
             f"{row['gradient_error_overall']:.1e}",
+            f"{row['gradient_error']:.1e} ({row['gradient_error_at']})",
         ]
         for row in numbers["rows"]
     ]
-    return _table("Under autocast to bfloat16", ("kernel", "float32", "bfloat16", "speed-up", "gradient error"), rows)
+    columns = ("kernel", "float32", "bfloat16", "speed-up", "gradient error", "of the worst parameter")
+    return _table("Under autocast to bfloat16", columns, rows)
 
 
 def memory(numbers: Numbers) -> Table:
@@ -86,9 +100,10 @@ def memory(numbers: Numbers) -> Table:
     paper = numbers["paper"]
     limits = ", ".join(f"{steps} steps of {batch}" for batch, steps in paper["bptt_steps_in_24_gib"].items())
     table = _table("MiB saved / grown by", ("", *(f"N = {n}" for n in counts)), rows)
+    over = ", ".join(f"{row['saved_ratio']:.2f} ({row['what']})" for row in paper["rows"])
     table.caption = (
-        f"At the paper's size C-RBP saves {paper['crbp_over_one_step_bptt']:.2f} times what one step of BPTT does; "
-        f"BPTT fills 24 GiB at {limits} images."
+        f"At the paper's size C-RBP saves so many times what one step of BPTT does: {over}. BPTT fills 24 GiB at "
+        f"{limits} images."
     )
     return table
 
@@ -96,26 +111,27 @@ def memory(numbers: Numbers) -> Table:
 def time_to_f1(numbers: Numbers) -> Table:
     """Seconds to the target."""
     rows = []
-    for name in ("crbp", "textbook"):
-        found = numbers[name]
+    for name, found in numbers["codes"].items():
         reached = [f"{found['seconds']:.0f} s", str(found["images"])] if found["seconds"] is not None else ["–", "–"]
         best = "–" if found["best_f1"] is None else f"{found['best_f1']:.3f}"
-        rows.append([name, *reached, f"{1e3 * found['seconds_per_image']:.3g} ms", best])
-    whole = "–" if numbers["speedup"] is None else f"{numbers['speedup']:.2f}×"
-    table = _table(
-        f"Training to a validation F1 of {numbers['target']}", ("", "seconds", "images", "an image", "best F1"), rows
-    )
-    table.caption = f"speed-up {whole}, an image {numbers['speedup_per_image']:.2f}×"
-    return table
+        whole = "–" if found["speedup"] is None else f"{found['speedup']:.2f}×"
+        an_image = [f"{1e3 * found['seconds_per_image']:.3g} ms", f"{found['speedup_per_image']:.2f}×"]
+        rows.append([name, *reached, whole, *an_image, best])
+    columns = ("", "seconds", "images", "speed-up", "an image", "speed-up", "best F1")
+    return _table(f"Training to a validation F1 of {numbers['target']}", columns, rows)
 
 
 def solvers(numbers: Numbers) -> Table:
     """Error against products."""
     products = numbers["products"]
     shown = [i for i, k in enumerate(products) if k in (1, 2, 4, 8, 15, 16, 20, 30, 40)]
-    rows = [[name, *(f"{errors[i]:.1e}" for i in shown)] for name, errors in numbers["relative_error"].items()]
-    title = f"Relative error of the gradient after K products, spectral radius {numbers['spectral_radius']:.3f}"
-    return _table(title, ("", *(f"K = {products[i]}" for i in shown)), rows)
+    rows = [
+        [name, f"{found['spectral_radius']:.3f}", solver, *(f"{errors[i]:.1e}" for i in shown)]
+        for name, found in numbers["networks"].items()
+        for solver, errors in found["relative_error"].items()
+    ]
+    title = "Relative error of the gradient after K products"
+    return _table(title, ("", "radius", "", *(f"K = {products[i]}" for i in shown)), rows)
 
 
 def scaling(numbers: Numbers) -> Table:
@@ -140,11 +156,15 @@ def roofline(numbers: Numbers) -> Table:
         f"The least this machine allows the step: {numbers['gflops']['best']:.0f} GFLOP/s, "
         f"{numbers['gbytes_per_second']['triad']:.1f} GB/s"
     )
-    return _table(title, ("", "work", "at least"), rows)
+    table = _table(title, ("", "work", "at least"), rows)
+    took = (f"a {name} {1e3 * seconds:.3g} ms" for name, seconds in numbers["measured_seconds"].items())
+    table.caption = f"Measured, by itself: {', '.join(took)}."
+    return table
 
 
 TABLES: dict[str, Callable[[Numbers], Table]] = {
     "step": step,
+    "compiling": compiling,
     "kernels": kernels,
     "precision": precision,
     "memory": memory,
@@ -152,4 +172,5 @@ TABLES: dict[str, Callable[[Numbers], Table]] = {
     "solvers": solvers,
     "scaling": scaling,
     "roofline": roofline,
+    "images": images,
 }
