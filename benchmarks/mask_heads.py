@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from _runs import ROOT
 from _tables import with_tables
-from panoptic import iou
+from panoptic import CONFIGS, iou, measure
 from panoptic_results import tables
 from torch import Tensor
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
@@ -38,11 +39,13 @@ from crbp.models.panoptic.mask_head import (
     mask_loss,
     mask_targets,
 )
-from crbp.tasks import LipschitzPenalty, load_net
+from crbp.tasks import LipschitzPenalty, PanopticData, load_net
+from crbp.tasks.weights import build
 
 CHANNELS, THINGS = 64, 10
 IMAGES = {"train": 2000, "val": 200}
 BATCH, RATE = 16, 0.003
+LONG = 30  # steps, beyond all that are trained for
 MOVED = 0.1  # standard deviation of the corners of boxes trained in, in sides of the box
 LEAST = 4.0  # pixels: sides of boxes trained in
 PENALTY = LipschitzPenalty(weight=0.001, bound=0.95, reduction="sum_square")  # as in configs/panoptic/shapes_*
@@ -60,11 +63,8 @@ class Convolutions(MaskRCNNHeads, MaskHead):
 
 
 def recurrent(steps: int, gradient: crbp.GradientMethod, norm_scale: float = 0.1) -> RecurrentMaskHead:
-    """The head of R-FPN, with the scales of its group norms starting at ``norm_scale``."""
-    head = RecurrentMaskHead(CHANNELS, crbp.Evolve(steps=steps, gradient=gradient))
-    for norm in (head.cell.inhibition_norm, head.cell.excitation_norm):
-        torch.nn.init.constant_(norm.weight, norm_scale)
-    return head
+    """The head of R-FPN."""
+    return RecurrentMaskHead(CHANNELS, crbp.Evolve(steps=steps, gradient=gradient), norm_scale=norm_scale)
 
 
 def rbp() -> crbp.RBP:
@@ -80,6 +80,7 @@ HEADS: dict[str, Callable[[], MaskHead]] = {
     "8 convolutions": lambda: Convolutions(8),
     "R-FPN, BPTT, 1 step": lambda: recurrent(1, crbp.BPTT()),
     "R-FPN, BPTT, 3 steps": lambda: recurrent(3, crbp.BPTT()),
+    "R-FPN, BPTT, 3 steps, scales start at 1": lambda: recurrent(3, crbp.BPTT(), norm_scale=1.0),
     "R-FPN, C-RBP, 10 steps": lambda: recurrent(10, rbp()),
     "R-FPN, C-RBP, 10 steps, scales start at 1": lambda: recurrent(10, rbp(), norm_scale=1.0),
 }
@@ -160,24 +161,39 @@ def overlap(head: MaskHead, predictor: MaskPredictor, held_out: Crops) -> float:
     return 100 * float(torch.cat(found).mean())
 
 
+def quality(net: Any, head: MaskHead, predictor: MaskPredictor) -> dict[str, float]:
+    """Panoptic quality, in percent, of the network with another mask head, on the held-out images of `shapes_*`."""
+    config = yaml.safe_load((CONFIGS / "shapes_fpn.yaml").read_text())
+    data = build(PanopticData, config["data"], "the held-out shapes")
+    net.roi_heads.mask_head, net.roi_heads.mask_predictor = head, predictor
+    counts = [None] if not isinstance(head, RecurrentMaskHead) else [head.steps, LONG]
+    found = measure(net, data, counts)
+    names = {"pq": "pq", "pq_things": "pq_things", "sq_things": "sq_things"}
+    beyond = {f"pq_at_{LONG}": found[1]["pq"]} if len(found) > 1 else {}
+    every = {name: found[0][key] for name, key in names.items()} | beyond
+    return {name: round(100 * value, 2) for name, value in every.items()}
+
+
 def main() -> None:
     """Train and measure the heads that the file lacks, and write it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, required=True, help="of the Panoptic FPN that crops are pooled by")
     parser.add_argument("--updates", type=int, default=1000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--heads", nargs="+", choices=HEADS, default=list(HEADS), metavar="NAME", help="all by default")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "panoptic" / "mask_heads.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
     net: Any = load_net(options.weights).eval()
     seen, held_out = crops(net, "train"), crops(net, "val")
     rows: list[dict[str, Any]] = json.loads(options.out.read_text()) if options.out.exists() else []
-    for name, build in HEADS.items():
-        for seed in options.seeds:
+    for seed in options.seeds:
+        for name in options.heads:
             if any((row["head"], row["seed"], row["updates"]) == (name, seed, options.updates) for row in rows):
                 continue
             start = time.process_time()
-            head, predictor, loss = train(build, seen, options.updates, seed)
+            head, predictor, loss = train(HEADS[name], seen, options.updates, seed)
+            seconds = round(time.process_time() - start)
             rows.append(
                 {
                     "head": name,
@@ -186,13 +202,14 @@ def main() -> None:
                     "parameters": sum(parameter.numel() for parameter in head.parameters()),
                     "loss": round(loss, 4),
                     "iou": round(overlap(head, predictor, held_out), 2),
-                    "seconds": round(time.process_time() - start),
+                    **quality(net, head, predictor),
+                    "seconds": seconds,
                     **environment(),
                 }
             )
             options.out.write_text(json.dumps(rows, indent=2) + "\n")
             print(
-                *(rows[-1][key] for key in ("head", "seed", "parameters", "loss", "iou", "seconds")),
+                *(rows[-1][key] for key in ("head", "seed", "parameters", "loss", "iou", "pq", "seconds")),
                 sep=" | ",
                 flush=True,
             )

@@ -71,7 +71,8 @@ def measure(net: PanopticFPN, data: PanopticData, counts: Counts) -> list[dict[s
         images, (target,), (truth,) = net.batch(batch.images), batch.targets, batch.truths
         features = net.backbone(images.tensors)
         proposals, _ = net.rpn(images, features)
-        with temporarily(net, steps=1) if isinstance(net, RFPN) else nullcontext():  # its own masks are not looked at
+        recurrent = isinstance(heads.mask_head, RecurrentMaskHead)
+        with temporarily(heads.mask_head, steps=1) if recurrent else nullcontext():  # its masks are not looked at
             (seen,) = heads.detect(features, proposals, images.image_sizes, at_least=net.merge.score)
         (logits,) = net.semantic_head(features)
         for quality, masks in zip(qualities, masks_at(heads, features, seen.boxes, seen.labels, counts), strict=True):

@@ -35,6 +35,7 @@ COLUMNS = (
     "saved_mib", "commit",
 )  # fmt: skip
 FILES = ("mask_heads", "overfit", "cost")
+FEW = 1000  # updates of a mask head trained alone
 LEARNT = ("pq", "pq_things", "pq_stuff", "rq", "box_ap", "mask_ap")
 NETS = ("Panoptic FPN", "R-FPN, N = 20")
 SPREAD = ("median", "min", "max")
@@ -128,16 +129,19 @@ def heads_table(rows: Iterable[dict[str, Any]]) -> str:
     found: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         found.setdefault(row["head"], []).append(row)
+    columns = {"loss": ("loss", ".3f"), "iou": ("IoU", ".1f")}
+    if any("pq" in row for seeds in found.values() for row in seeds):
+        columns |= {"pq": ("PQ at N", ".1f"), "pq_things": ("PQ things", ".1f"), "pq_at_30": ("PQ at 30 steps", ".1f")}
     body = [
         [
             name,
             f"{seeds[0]['parameters']:,}",
-            *(", ".join(f"{row[key]:{form}}" for row in seeds) for key, form in (("loss", ".3f"), ("iou", ".1f"))),
+            *(", ".join(f"{row[key]:{form}}" for row in seeds if key in row) for key, (_, form) in columns.items()),
             ", ".join(f"{row['seconds'] / 60:.0f}" for row in seeds),
         ]
         for name, seeds in found.items()
     ]
-    return markdown(("mask head", "parameters", "loss", "IoU", "minutes"), body)
+    return markdown(("mask head", "parameters", *(title for title, _ in columns.values()), "minutes"), body)
 
 
 def overfit_table(rows: Iterable[dict[str, Any]]) -> str:
@@ -187,7 +191,8 @@ def tables(folder: Path) -> dict[str, str]:
         "memory": memory_table(cost["memory"]),
         "time": time_table(cost),
         "shapes": table(read(folder / "table.csv")),
-        "heads": heads_table(heads),
+        "heads": heads_table(row for row in heads if row["updates"] == FEW),
+        "heads_long": heads_table(row for row in heads if row["updates"] > FEW),
     }
 
 

@@ -65,6 +65,7 @@ class RecurrentMaskHead(MaskHead):
         evolve: how many steps, and how they are differentiated.
         tolerance: in evaluation, freeze an instance once the relative residual ``‖h_t − h_{t−1}‖ / ‖h_t‖`` of its own
             state is at most this; None runs all of them as ``evolve`` says.
+        norm_scale: start of the scales of the cell's group norms.
 
     Raises:
         ValueError: for values out of range.
@@ -72,11 +73,13 @@ class RecurrentMaskHead(MaskHead):
     Source: Linsley et al., Stable and expressive recurrent vision models, NeurIPS 2020.
     """
 
-    def __init__(self, channels: int, evolve: Evolve, *, tolerance: float | None = None) -> None:
+    def __init__(
+        self, channels: int, evolve: Evolve, *, tolerance: float | None = None, norm_scale: float = 0.1
+    ) -> None:
         super().__init__()
         if tolerance is not None:
             non_negative("tolerance", tolerance)
-        self.cell = GALAHGRU(channels, horizon=max(evolve.steps, 3))
+        self.cell = GALAHGRU(channels, horizon=max(evolve.steps, 3), norm_scale=norm_scale)
         self.output_norm = nn.BatchNorm2d(channels)
         self.evolve, self.tolerance = evolve, tolerance
 
