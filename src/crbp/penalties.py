@@ -11,10 +11,12 @@ from crbp._checks import choice, count, share
 from crbp._tree import Leaves
 from crbp.errors import StateError
 from crbp.evolve import Run
+from crbp.ops._kept import passing
 
 Reduction = Literal["norm", "mean_square", "sum_square"]
 
 
+@passing()
 def lipschitz_penalty(run: Run, *, bound: float = 0.9, reduction: Reduction = "norm") -> Tensor:
     """Lipschitz coefficient penalty (LCP) on the last step of a run.
 
@@ -78,6 +80,7 @@ def residual_penalty(run: Run) -> Tensor:
     return moved / torch.where(scale > 0, scale, 1.0)
 
 
+@passing()
 def spectral_penalty(run: Run, *, bound: float = 0.95, iterations: int = 2) -> Tensor:
     """Growth of what still moves in the last step of a run, beyond a bound: a spectral estimate, sample by sample.
 
@@ -135,6 +138,7 @@ def _unit(leaves: Leaves) -> Leaves:
     return tuple(leaf / lengths.view(-1, *[1] * (leaf.ndim - 1)).to(leaf.dtype) for leaf in leaves)
 
 
+@passing()
 def jacobian_frobenius_penalty(run: Run, *, samples: int = 1, generator: torch.Generator | None = None) -> Tensor:
     """Squared Frobenius norm of the last step's Jacobian per state unit, by Hutchinson's estimator.
 

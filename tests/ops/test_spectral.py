@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +208,27 @@ def test_what_is_kept_of_a_kernel_is_counted_while_a_graph_has_it(method: Any, k
         spectrum = spectral.spectrum(layer.weight, frame).nbytes if method == "fft" else 36 * 16 * 16 * 4
     alone = counted(keep=False)
     assert counted(keep=True) >= alone + spectrum
+
+
+@needs_compiler
+@pytest.mark.parametrize("penalty", [crbp.lipschitz_penalty, crbp.spectral_penalty, crbp.jacobian_frobenius_penalty])
+def test_a_penalty_holds_no_adjoint_until_the_backward_pass(penalty: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[Any]] = []
+    original = spectral._adjoint
+
+    def spy(*given: Any) -> Any:
+        found = original(*given)
+        made.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(spectral, "_adjoint", spy)
+    layer, drive = ops.Conv2d(4, 4, 5, method="fft"), torch.randn(1, 4, 12, 12)
+    run = crbp.Evolve(steps=3, gradient=crbp.RBP())(lambda h: torch.tanh(drive + layer(h)), torch.zeros_like(drive))
+    value = penalty(run)
+    assert len(made) == 1
+    assert made[0]() is None
+    (value + run.state.sum()).backward()
+    assert len(made) == 2
 
 
 @needs_compiler

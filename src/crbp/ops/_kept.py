@@ -21,25 +21,48 @@ class Kept:
         """The tensor of this name, made if need be."""
         if what not in self._found:
             self._found[what] = make()
-            for seen in _watching.lists:
+            for seen in _thread.watching:
                 seen.append(ref(self._found[what]))
+            if _thread.passing is not None:
+                _thread.passing.append((self, what))
         return self._found[what]
+
+    def forget(self, what: Hashable) -> None:
+        """Let go of a tensor, which is made again when it is asked for again."""
+        del self._found[what]
 
 
 @dataclass
-class _Watching(threading.local):
-    lists: list[list[ref[Tensor]]] = field(default_factory=list)
+class _Thread(threading.local):
+    watching: list[list[ref[Tensor]]] = field(default_factory=list)
+    passing: list[tuple[Kept, Hashable]] | None = None
 
 
-_watching = _Watching()
+_thread = _Thread()
 
 
 @contextmanager
 def watched() -> Iterator[list[ref[Tensor]]]:
-    """What is kept from now on, by this thread, in the block."""
+    """What is made in the block."""
     seen: list[ref[Tensor]] = []
-    _watching.lists.append(seen)
+    _thread.watching.append(seen)
     try:
         yield seen
     finally:
-        _watching.lists.remove(seen)
+        _thread.watching.pop()
+
+
+@contextmanager
+def passing() -> Iterator[None]:
+    """Let go, when the block ends, of what was made in it.
+
+    A penalty needs the adjoint of a spectrum once for its value, and then not before the backward pass, where it is
+    as quickly made again: a graph that waits for that need not hold it.
+    """
+    before, _thread.passing = _thread.passing, []
+    try:
+        yield
+    finally:
+        for kept, what in _thread.passing:
+            kept.forget(what)
+        _thread.passing = before
