@@ -54,7 +54,8 @@ class TrainedPenalties(Penalty):
     """All penalties that a `crbp.tasks.ContourTask` adds to its loss, weighted as there at the end of the ramp.
 
     ``penalty.weight · penalty + residual_weight · residual² + spectral_weight · spectral``, the last two
-    `crbp.residual_penalty` and `crbp.spectral_penalty`; what has weight 0 is not computed.
+    `crbp.residual_penalty` and `crbp.spectral_penalty`; what has weight 0 is not computed. The bound of the last is its
+    own default: what memory the penalties take, for which this is here, does not depend on it.
 
     Raises:
         ValueError: for a weight out of range, or where there is no penalty at all.
