@@ -44,6 +44,14 @@ def test_converged_solver_equals_the_dense_solution(name):
     assert got.stop is StopReason.CONVERGED
 
 
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_solver_computes_in_full_precision_under_autocast(name):
+    J, g, exact = (tensor.float() for tensor in _system())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = SOLVERS[name].solve(lambda v: (J.T * v).sum(1), g)  # which autocast leaves alone
+    torch.testing.assert_close(got.solution, exact, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("terms", [0, 1, 5])
 def test_truncated_neumann_misses_exactly_its_tail(terms):
     J, g, exact = _system()

@@ -68,6 +68,11 @@ def _norm(tensor: Tensor) -> float:
     return peak * float(torch.linalg.vector_norm(tensor.to(wide) / peak))
 
 
+def _uncast(device: torch.device) -> torch.autocast:
+    """Without autocast, under which a product of vectors would be taken in a lower precision."""
+    return torch.autocast(device.type, enabled=False)
+
+
 def _trivial(g: Tensor, scale: float) -> Solution | None:
     """The answer where there is nothing to solve: a zero gradient, or one that is not finite (passed on as it is)."""
     if scale == 0:
@@ -82,7 +87,8 @@ class Neumann(Solver):
     """The truncated Neumann series ``u = Σ_{k=0..terms} (Jᵀ)ᵏ g``, one vector-Jacobian product a term.
 
     It misses exactly ``(Jᵀ)^{terms+1} u*`` of the solution ``u*``. The residual reported is the size of the last term,
-    ``‖(Jᵀ)^K g‖ / ‖g‖``: the residual of the sum without that term, known at no extra cost.
+    ``‖(Jᵀ)^K g‖ / ‖g‖``: the residual of the sum without that term, known at no extra cost. Holds up to 4 vectors
+    beside ``g``: the sum, the best one, the term and the next.
 
     Args:
         terms: terms beyond the first, at least 0 (0 is the one-step gradient ``u = g``).
@@ -130,8 +136,10 @@ class Neumann(Solver):
 class Anderson(Solver):
     """Anderson acceleration of the fixed-point iteration ``u ← g + Jᵀ u``.
 
-    The next iterate mixes the last ``memory`` ones with the weights that minimise their residual. Needs ``2 memory``
-    vectors. The residual reported is ``‖g − (I − Jᵀ) u‖ / ‖g‖`` of the best iterate, which is the solution returned.
+    The next iterate mixes the last ``memory`` ones with the weights that minimise their residual. Holds up to
+    ``2 memory + 3`` vectors beside ``g``, in float32 at least: what is mixed, its residuals, the iterate, the best one
+    and the product at hand. The residual reported is ``‖g − (I − Jᵀ) u‖ / ‖g‖`` of the best iterate, which is the
+    solution returned. Gradients do not flow through it.
 
     Args:
         terms: the most vector-Jacobian products, at least 1.
@@ -160,12 +168,10 @@ class Anderson(Solver):
             return trivial
         u = best = g
         smallest, taken, stop = math.inf, 0, StopReason.BUDGET
-        images: list[Tensor] = []
-        residuals: list[Tensor] = []
+        history = _History(g, min(self.memory, self.terms))
         while taken < self.terms:
-            image = g + vjp(u)
+            residual = history.add(u, vjp(u)) / scale
             taken += 1
-            residual = _norm(image - u) / scale
             if not math.isfinite(residual):
                 stop = StopReason.NOT_FINITE
                 break
@@ -174,33 +180,66 @@ class Anderson(Solver):
             if residual <= self.tolerance:
                 stop = StopReason.CONVERGED
                 break
-            images = [*images, image][-self.memory :]
-            residuals = [*residuals, image - u][-self.memory :]
-            u = _mix(images, residuals)
+            u = history.mix()
         return Solution(solution=best, best=best, terms=taken, residual=smallest, stop=stop)
 
 
-def _mix(images: list[Tensor], residuals: list[Tensor]) -> Tensor:
-    """``Σ wᵢ imageᵢ`` with ``Σ wᵢ = 1`` minimising ``‖Σ wᵢ residualᵢ‖``, by least squares on the differences."""
-    newest = images[-1]
-    if len(images) == 1:
-        return newest
-    wide = torch.promote_types(newest.dtype, torch.float32)
-    last = residuals[-1].flatten().to(wide)
-    steps = torch.stack([r.flatten().to(wide) for r in residuals[:-1]], dim=1) - last[:, None]
-    # QR and a pseudo-inverse: iterates that have become linearly dependent get no weight instead of a crash.
-    basis, triangle = torch.linalg.qr(steps)
-    weights = -torch.linalg.pinv(triangle) @ (basis.T @ last)
-    for weight, image in zip(weights.unbind(), images[:-1], strict=True):
-        newest = newest + (weight * (image - images[-1]).to(wide)).to(newest.dtype)
-    return newest
+class _History:
+    """The newest image and its residual, in the last rows, and above them how the ones before differ from the next."""
+
+    def __init__(self, g: Tensor, memory: int) -> None:
+        wide = torch.promote_types(g.dtype, torch.float32)
+        self.g = g.detach()
+        self.images = g.new_empty(memory, g.numel(), dtype=wide)
+        self.residuals = torch.empty_like(self.images)
+        self.added = 0
+
+    def add(self, u: Tensor, product: Tensor) -> float:
+        """Take in ``g + Jᵀ u``, given the product ``Jᵀ u``; returns the norm of its residual."""
+        image, residual = (rows[-1].view(self.g.shape) for rows in (self.images, self.residuals))
+        differences = len(self.images) - 1
+        replaced = (self.added - 1) % differences if self.added and differences else None
+        if replaced is not None:
+            for rows in (self.images, self.residuals):
+                torch.neg(rows[-1], out=rows[replaced])
+        torch.sub(image.copy_(product.detach()).add_(self.g), u.detach(), out=residual)
+        if replaced is not None:
+            for rows in (self.images, self.residuals):
+                rows[replaced].add_(rows[-1])
+        self.added += 1
+        return _norm(residual)
+
+    def mix(self) -> Tensor:
+        """``Σ wᵢ imageᵢ`` with ``Σ wᵢ = 1`` minimising ``‖Σ wᵢ residualᵢ‖``, by least squares on the differences."""
+        newest, kept = self.images[-1], min(self.added, len(self.images)) - 1
+        if not kept:
+            return newest.clone().view(self.g.shape).to(self.g.dtype)
+        with _uncast(newest.device):
+            triangle = _triangle(self.residuals, [*range(kept), -1])
+            # A pseudo-inverse: iterates that have become linearly dependent get no weight instead of a crash.
+            weights = torch.linalg.pinv(triangle[:kept, :kept]) @ triangle[:kept, kept]
+            mixed = torch.addmv(newest, self.images[:kept].T, weights, alpha=-1)
+        return mixed.view(self.g.shape).to(self.g.dtype)
+
+
+PART = 2**16  # entries of a vector that are copied at a time
+
+
+def _triangle(vectors: Tensor, chosen: list[int]) -> Tensor:
+    """``R`` of the QR decomposition whose columns are the chosen rows, part by part, so that no ``Q`` is held."""
+    triangle = vectors.new_empty(0, len(chosen))
+    for part in torch.split(vectors, PART, dim=1):
+        triangle = torch.linalg.qr(torch.cat([triangle, part[chosen].T]), mode="r").R
+    return triangle
 
 
 @dataclass(frozen=True, kw_only=True)
 class GMRES(Solver):
     """Generalised minimal residuals: the best ``u`` in the Krylov space that the vector-Jacobian products span.
 
-    Needs ``terms + 1`` vectors. The residual reported is ``‖g − (I − Jᵀ) u‖ / ‖g‖``, from the Arnoldi relation.
+    Holds ``terms + 2`` vectors beside ``g``, in float32 at least: a basis, allocated at the start, and the product at
+    hand or the solution. The residual reported is ``‖g − (I − Jᵀ) u‖ / ‖g‖``, from the Arnoldi relation. Gradients do
+    not flow through it.
 
     Args:
         terms: the most vector-Jacobian products, at least 1.
@@ -224,7 +263,7 @@ class GMRES(Solver):
         scale = _norm(g)
         if (trivial := _trivial(g, scale)) is not None:
             return trivial
-        krylov = _Krylov(g, scale)
+        krylov = _Krylov(g, scale, self.terms)
         stop = StopReason.BUDGET
         residual = 1.0
         while krylov.size < self.terms:
@@ -233,7 +272,7 @@ class GMRES(Solver):
                 break
             residual = krylov.solve()
             if residual <= self.tolerance or krylov.exhausted:
-                rounding = 100 * torch.finfo(krylov.basis[0].dtype).eps
+                rounding = 100 * torch.finfo(krylov.basis.dtype).eps
                 stop = StopReason.CONVERGED if residual <= max(self.tolerance, rounding) else StopReason.BUDGET
                 break
         solution = krylov.combine() if krylov.weights.numel() else g
@@ -243,37 +282,43 @@ class GMRES(Solver):
 
 @dataclass
 class _Krylov:
-    """Arnoldi basis of ``span{g, (I − Jᵀ) g, …}`` and the small problem on it."""
+    """Arnoldi basis of ``span{g, (I − Jᵀ) g, …}``, the rows of one tensor, and the small problem on it."""
 
     g: Tensor
     scale: float
-    basis: list[Tensor] = field(init=False)
+    terms: int
+    basis: Tensor = field(init=False)
     columns: list[Tensor] = field(default_factory=list)
     weights: Tensor = field(default_factory=lambda: torch.empty(0))
     exhausted: bool = False
 
     def __post_init__(self) -> None:
         wide = torch.promote_types(self.g.dtype, torch.float32)
-        self.basis = [self.g.flatten().to(wide) / self.scale]
+        self.basis = self.g.new_empty(self.terms + 1, self.g.numel(), dtype=wide)
+        self._row(0).copy_(self.g.detach()).div_(self.scale)
 
     @property
     def size(self) -> int:
         return len(self.columns)
 
+    def _row(self, index: int) -> Tensor:
+        """A basis vector, in the shape of ``g``."""
+        return self.basis[index].view(self.g.shape)
+
     def grow(self, vjp: VJP) -> bool:
         """Add one basis vector; False if it is not finite."""
-        newest = self.basis[-1]
-        image = vjp(newest.view(self.g.shape).to(self.g.dtype)).flatten().to(newest.dtype)
-        vector = newest - image
+        known, vector = self.basis[: self.size + 1], self.basis[self.size + 1]
+        newest = self._row(self.size)
+        torch.sub(newest, vjp(newest.to(self.g.dtype)).detach(), out=self._row(self.size + 1))
         before = _norm(vector)
         if not math.isfinite(before):
             return False
-        stacked = torch.stack(self.basis)
-        column = stacked @ vector
-        vector = vector - stacked.T @ column
-        # A second pass keeps the basis orthogonal to rounding.
-        correction = stacked @ vector
-        vector = vector - stacked.T @ correction
+        with _uncast(vector.device):
+            column = known @ vector
+            vector.addmv_(known.T, column, alpha=-1)
+            # A second pass keeps the basis orthogonal to rounding.
+            correction = known @ vector
+            vector.addmv_(known.T, correction, alpha=-1)
         length = torch.linalg.vector_norm(vector)
         weights = torch.cat([column + correction, length[None]])
         # Their squares can leave the range of numbers where the vector itself has not.
@@ -281,22 +326,25 @@ class _Krylov:
             return False
         self.columns.append(weights)
         self.exhausted = float(length) <= before * torch.finfo(vector.dtype).eps * 10
-        self.basis.append(vector / length if not self.exhausted else torch.zeros_like(vector))
+        if not self.exhausted:
+            vector.div_(length)
         return True
 
     def solve(self) -> float:
         """Weights of the basis that minimise the residual; returns it relative to ``‖g‖``."""
         size = self.size
-        hessenberg = self.basis[0].new_zeros(size + 1, size, device="cpu")
+        hessenberg = self.basis.new_zeros(size + 1, size, device="cpu")
         for j, column in enumerate(self.columns):
             hessenberg[: j + 2, j] = column.cpu()
         target = hessenberg.new_zeros(size + 1, 1)
         target[0] = 1
-        self.weights = torch.linalg.lstsq(hessenberg, target, driver="gelsd").solution[:, 0]
-        return float(torch.linalg.vector_norm(target[:, 0] - hessenberg @ self.weights))
+        with _uncast(hessenberg.device):
+            self.weights = torch.linalg.lstsq(hessenberg, target, driver="gelsd").solution[:, 0]
+            return float(torch.linalg.vector_norm(target[:, 0] - hessenberg @ self.weights))
 
     def combine(self) -> Tensor:
         """The solution in the shape and dtype of ``g``."""
-        weights = self.weights.to(self.basis[0].device)
-        stacked = torch.stack(self.basis[: len(weights)], dim=1)
-        return (self.scale * (stacked @ weights)).view(self.g.shape).to(self.g.dtype)
+        weights = self.weights.to(self.basis.device)
+        with _uncast(weights.device):
+            solution = self.basis[: len(weights)].T @ weights
+        return solution.mul_(self.scale).view(self.g.shape).to(self.g.dtype)

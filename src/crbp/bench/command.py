@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 
 from crbp._command import Parser, reserve
+from crbp._threads import set_threads
 from crbp.bench import convergence, figures, memory, speed, tables
 from crbp.bench.measure import Numbers, environment, textbook
 from crbp.errors import CrbpError
@@ -52,6 +53,7 @@ def main(arguments: list[str]) -> None:
     files = [folder / "bench.json", *([Path(options.json)] if options.json else [])]
     reserve(folder, files)
     threads = torch.get_num_threads()
+    set_threads()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     try:

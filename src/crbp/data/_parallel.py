@@ -10,13 +10,15 @@ from contextlib import contextmanager
 from multiprocessing import connection, get_context, parent_process
 from typing import TypeVar
 
+from crbp._threads import usable_cores
+
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 
 def cores() -> int:
     """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return usable_cores() or os.cpu_count() or 1
 
 
 def run(work: Callable[[Job], Result], jobs: Sequence[Job], workers: int) -> Iterator[Result]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import logging
-import os
 import warnings
 from argparse import ArgumentError, ArgumentParser
 from functools import cache
@@ -24,6 +23,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from crbp._code import code
 from crbp._command import Parser, told_examples
 from crbp._files import write_whole
+from crbp._threads import set_threads
 from crbp.data.pathfinder import DataError, GenerationError
 from crbp.errors import CrbpError, StorageError
 from crbp.tasks._messages import one_line
@@ -202,7 +202,7 @@ class _CommandLine(LightningCLI):
             if self.subcommand == "fit" and run.parent == Path(logger.save_dir, logger.name).absolute():
                 logger.version = run.name
                 _keep_metrics(run)
-        _set_threads()
+        _set_up_torch()
 
     def instantiate_classes(self) -> None:
         """Build model, data and trainer, and say in one line which value one of them refused."""
@@ -376,14 +376,9 @@ def _command(args: Any) -> str:
     return args[0] if isinstance(args, list) and args else "fit"
 
 
-def _set_threads() -> None:
-    """As many threads as this process may use cores, unless the user has said how many.
-
-    Torch counts the machine's cores, of which a container or a batch system may lend only some; more threads than
-    cores cost up to ten times the time.
-    """
-    if "OMP_NUM_THREADS" not in os.environ and hasattr(os, "sched_getaffinity"):
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
+def _set_up_torch() -> None:
+    """As many threads as this process may use cores, memory that is not filled first, fast products on a GPU."""
+    set_threads()
     # `deterministic` would have all new memory filled first, for code that reads what it has not written.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if torch.cuda.is_available():
