@@ -168,9 +168,8 @@ def quality(net: Any, head: MaskHead, predictor: MaskPredictor) -> dict[str, flo
     net.roi_heads.mask_head, net.roi_heads.mask_predictor = head, predictor
     counts = [None] if not isinstance(head, RecurrentMaskHead) else [head.steps, LONG]
     found = measure(net, data, counts)
-    names = {"pq": "pq", "pq_things": "pq_things", "sq_things": "sq_things"}
     beyond = {f"pq_at_{LONG}": found[1]["pq"]} if len(found) > 1 else {}
-    every = {name: found[0][key] for name, key in names.items()} | beyond
+    every = {name: found[0][name] for name in ("pq", "pq_things")} | beyond
     return {name: round(100 * value, 2) for name, value in every.items()}
 
 

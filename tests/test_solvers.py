@@ -52,6 +52,15 @@ def test_a_solver_computes_in_full_precision_under_autocast(name):
     torch.testing.assert_close(got.solution, exact, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("terms", [16, 17, 60])
+def test_a_basis_that_grows_is_the_same(terms):
+    J, g = contracting(40, 0.9), torch.randn(40, dtype=torch.float64)
+    got = GMRES(terms=terms, tolerance=1e-13).solve(lambda v: J.T @ v, g)
+    spanned = torch.stack([torch.linalg.matrix_power(J.T, k) @ g for k in range(min(terms, 40))], dim=1)
+    best = torch.linalg.lstsq(spanned - J.T @ spanned, g[:, None], driver="gelsd").solution[:, 0]
+    assert _residual(J, g, got.solution) <= 1.01 * _residual(J, g, spanned @ best) + 1e-12
+
+
 @pytest.mark.parametrize("terms", [0, 1, 5])
 def test_truncated_neumann_misses_exactly_its_tail(terms):
     J, g, exact = _system()

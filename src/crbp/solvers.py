@@ -53,7 +53,10 @@ class Solver(ABC):
 
     @abstractmethod
     def solve(self, vjp: VJP, g: Tensor) -> Solution:
-        """Solve for the gradient ``g`` given the map ``vjp: v ↦ Jᵀ v``; both keep the shape of ``g``."""
+        """Solve for the gradient ``g`` given the map ``vjp: v ↦ Jᵀ v``; both keep the shape of ``g``.
+
+        No gradient flows through the solution.
+        """
 
 
 def _norm(tensor: Tensor) -> float:
@@ -112,11 +115,11 @@ class Neumann(Solver):
         scale = _norm(g)
         if (trivial := _trivial(g, scale)) is not None:
             return trivial
-        total = term = best = g
+        total = term = best = g.detach()
         residual = smallest = 1.0
         taken, stop = 0, StopReason.BUDGET
         while taken < self.terms:
-            term = vjp(term)
+            term = vjp(term).detach()
             taken += 1
             residual = _norm(term) / scale
             # This is the residual of the sum so far; the term is added to it all the same.
@@ -139,7 +142,7 @@ class Anderson(Solver):
     The next iterate mixes the last ``memory`` ones with the weights that minimise their residual. Holds up to
     ``2 memory + 3`` vectors beside ``g``, in float32 at least: what is mixed, its residuals, the iterate, the best one
     and the product at hand. The residual reported is ``‖g − (I − Jᵀ) u‖ / ‖g‖`` of the best iterate, which is the
-    solution returned. Gradients do not flow through it.
+    solution returned.
 
     Args:
         terms: the most vector-Jacobian products, at least 1.
@@ -237,9 +240,9 @@ def _triangle(vectors: Tensor, chosen: list[int]) -> Tensor:
 class GMRES(Solver):
     """Generalised minimal residuals: the best ``u`` in the Krylov space that the vector-Jacobian products span.
 
-    Holds ``terms + 2`` vectors beside ``g``, in float32 at least: a basis, allocated at the start, and the product at
-    hand or the solution. The residual reported is ``‖g − (I − Jᵀ) u‖ / ‖g‖``, from the Arnoldi relation. Gradients do
-    not flow through it.
+    Holds ``terms + 2`` vectors beside ``g``, in float32 at least: a basis and the product at hand or the solution. With
+    more than 16 terms the basis grows by 16 vectors at a time, and is copied as it does. The residual reported is
+    ``‖g − (I − Jᵀ) u‖ / ‖g‖``, from the Arnoldi relation.
 
     Args:
         terms: the most vector-Jacobian products, at least 1.
@@ -280,6 +283,9 @@ class GMRES(Solver):
         return Solution(solution=solution, best=solution, terms=spent, residual=residual, stop=stop)
 
 
+GROWTH = 16  # vectors that a basis grows by
+
+
 @dataclass
 class _Krylov:
     """Arnoldi basis of ``span{g, (I − Jᵀ) g, …}``, the rows of one tensor, and the small problem on it."""
@@ -294,7 +300,7 @@ class _Krylov:
 
     def __post_init__(self) -> None:
         wide = torch.promote_types(self.g.dtype, torch.float32)
-        self.basis = self.g.new_empty(self.terms + 1, self.g.numel(), dtype=wide)
+        self.basis = self.g.new_empty(min(self.terms + 1, GROWTH + 1), self.g.numel(), dtype=wide)
         self._row(0).copy_(self.g.detach()).div_(self.scale)
 
     @property
@@ -307,6 +313,9 @@ class _Krylov:
 
     def grow(self, vjp: VJP) -> bool:
         """Add one basis vector; False if it is not finite."""
+        if self.size + 1 == len(self.basis):
+            more = min(GROWTH, self.terms + 1 - len(self.basis))
+            self.basis = torch.cat([self.basis, self.basis.new_empty(more, self.basis.shape[1])])
         known, vector = self.basis[: self.size + 1], self.basis[self.size + 1]
         newest = self._row(self.size)
         torch.sub(newest, vjp(newest.to(self.g.dtype)).detach(), out=self._row(self.size + 1))

@@ -38,7 +38,9 @@ def test_they_are_what_the_task_adds_to_its_loss(weights: dict[str, Any], monkey
     monkeypatch.setattr(ContourTask, "log_dict", lambda self, values: logged.update(values))
     # Of any growth, since this untrained net contracts.
     monkeypatch.setattr(crbp, "spectral_penalty", partial(crbp.spectral_penalty, bound=0.0))
-    task = ContourTask(net(), penalty=LipschitzPenalty(weight=3.0, bound=0.0), penalty_ramp=0, step_jitter=0, **weights)
+    bound = {} if weights.get("spectral_weight") == 0 else {"spectral_bound": 0.0}
+    penalty = LipschitzPenalty(weight=3.0, bound=0.0)
+    task = ContourTask(net(), penalty=penalty, penalty_ramp=0, step_jitter=0, **bound, **weights)
     batch = {"image": torch.rand(2, 1, 9, 9), "mask": torch.rand(2, 9, 9) > 0.5}
     added = task.training_step(batch, 0) - logged["train/focal"]
     found = read(penalty=LIPSCHITZ, **{"residual_weight": None, "spectral_weight": None, **weights})

@@ -13,6 +13,7 @@ from torch import Tensor
 import crbp
 from crbp import ops
 from crbp.ops import _native, convolution, spectral
+from crbp.ops._kept import passing
 
 needs_compiler = pytest.mark.skipif(_native.found() is None, reason="there is no C++ compiler here")
 # (B, C, O), image, kernel, plane. Channels that fill no vector, one and several; an odd number of tiles; tiles that the
@@ -228,6 +229,20 @@ def test_a_penalty_holds_no_adjoint_until_the_backward_pass(penalty: Any, monkey
     assert len(made) == 1
     assert made[0]() is None
     (value + run.state.sum()).backward()
+    assert len(made) == 2
+
+
+@needs_compiler
+def test_several_penalties_make_their_adjoints_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    original = spectral._adjoint
+    monkeypatch.setattr(spectral, "_adjoint", lambda *given: made.append(1) or original(*given))
+    layer, drive = ops.Conv2d(4, 4, 5, method="fft"), torch.randn(1, 4, 12, 12)
+    run = crbp.Evolve(steps=3, gradient=crbp.RBP())(lambda h: torch.tanh(drive + layer(h)), torch.zeros_like(drive))
+    with passing():
+        crbp.lipschitz_penalty(run) + crbp.spectral_penalty(run)
+        assert len(made) == 1
+    crbp.lipschitz_penalty(run)
     assert len(made) == 2
 
 

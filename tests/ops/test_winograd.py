@@ -190,7 +190,7 @@ def test_without_a_compiler_it_says_so_and_is_not_chosen(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("gradient", [crbp.RBP(crbp.Neumann(terms=4)), crbp.BPTT()], ids=["RBP", "BPTT"])
-def test_a_run_transforms_each_kernel_once_and_once_turned_round(
+def test_a_run_transforms_each_kernel_once_and_its_backward_pass_once_turned_round(
     monkeypatch: pytest.MonkeyPatch, gradient: crbp.GradientMethod
 ) -> None:
     weight, seen = torch.randn(3, 3, 3, 3, requires_grad=True), []
@@ -200,9 +200,10 @@ def test_a_run_transforms_each_kernel_once_and_once_turned_round(
         lambda h: torch.tanh(0.1 * by_winograd(h, weight) + 1), torch.zeros(2, 3, 9, 9)
     )
     (run.state.sum() + crbp.lipschitz_penalty(run, bound=0.0)).backward()
-    forward, turned = seen
+    forward, turned, again = seen  # for the penalty, which does not hold it, and for the backward pass
     torch.testing.assert_close(forward, weight.detach())
     torch.testing.assert_close(turned, weight.detach().flip(2, 3).transpose(0, 1))
+    torch.testing.assert_close(again, turned)
     assert weight.grad is not None
     assert bool((weight.grad != 0).any())
 

@@ -22,6 +22,7 @@ from crbp.analysis.memory import memory_curve
 from crbp.analysis.states import StateSpace, state_space
 from crbp.analysis.trajectory import Trajectory, follow, late_radius, penalty_curve
 from crbp.models import PathfinderNet
+from crbp.ops._kept import passing
 from crbp.tasks import Origin
 from crbp.tasks.penalties import Penalty
 from crbp.tasks.weights import WeightsError, build
@@ -80,6 +81,7 @@ class TrainedPenalties(Penalty):
         first = [] if self.penalty is None else [type(self.penalty).__name__]
         return first + [name for name, weight in weighted.items() if weight]
 
+    @passing()
     def __call__(self, run: crbp.Run) -> Tensor:
         """The sum, for one run."""
         found = [] if self.penalty is None else [self.penalty.weight * self.penalty(run)]

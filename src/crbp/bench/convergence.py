@@ -27,8 +27,6 @@ from crbp.errors import CrbpError
 from crbp.losses import focal_loss
 from crbp.models import PathfinderNet
 from crbp.solvers import Solver
-from crbp.tasks import Generated, load_net
-from crbp.tasks.sampling import stacked
 
 if TYPE_CHECKING:
     from crbp.demo.recipe import Recipe
@@ -154,7 +152,7 @@ def _net(recipe: Recipe, start: PathfinderNet, *, fused: bool) -> PathfinderNet:
 
 
 def _race(recipe: Recipe, runners: dict[str, _Runner], seen: tuple[Tensor, Tensor], *, every: int) -> None:
-    """Train all until each is done, or the images are used up or its gradient is no longer finite."""
+    """Train all until each is done, or the images are used up."""
     total = recipe.images // recipe.batch_size
     draw = torch.Generator().manual_seed(0)
     batches = _batches(recipe)
@@ -205,6 +203,9 @@ _SOLVERS: dict[str, Callable[[int], Solver]] = {
 
 def _solved(name: str, products: Sequence[int]) -> Numbers:
     """What each solver makes of the backward equation of one network."""
+    from crbp.tasks import Generated, load_net
+    from crbp.tasks.sampling import stacked
+
     net: Any = load_net(CHECKOUT / "results" / "pathfinder" / "weights" / f"{name}.safetensors").double()
     images, mask = stacked(Generated(preset=name.split("_")[0]).items("val", 2, 0), 2)
     image, settle = images.double(), SETTLING * net.evolve.steps

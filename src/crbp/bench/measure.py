@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import datetime
 import importlib.util
+import json
 import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -195,6 +197,20 @@ def in_turns(jobs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list
 def spread(values: list[float]) -> Numbers:
     """Median, least and largest of some repeats."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "repeats": len(values)}
+
+
+def in_process(module: str, job: Numbers, *, what: str, variables: dict[str, str] | None = None) -> Any:
+    """What a module, run by itself with as many threads, prints of a job.
+
+    Raises:
+        CrbpError: if it fails, with ``what`` it was to do.
+    """
+    command = [sys.executable, "-m", module, json.dumps({**job, "threads": torch.get_num_threads()})]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **(variables or {})})
+    if done.returncode != 0:
+        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise CrbpError(f"{what} ended with status {done.returncode}: {reason}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def environment() -> Numbers:

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from dataclasses import asdict, replace
-from typing import Any
 
 import torch
 
 import crbp
-from crbp.bench.measure import WEIGHT, Numbers, Size, rbp
+from crbp.bench.measure import WEIGHT, Numbers, Size, in_process, rbp
 from crbp.bench.speed import PAPER, TINY
-from crbp.errors import CrbpError
 from crbp.gradients import GradientMethod
 from crbp.losses import focal_loss
 
@@ -71,7 +66,9 @@ def _paper(*, quick: bool) -> Numbers:
         "rows": rows,
         "bptt_peak_bytes": dict(zip((str(few), str(many)), peaks, strict=True)),
         "bptt_peak_bytes_per_step": per_step,
-        "bptt_steps_in_24_gib": {str(batch): int(DEVICE / batch // per_step) for batch in (1, 2, 8, 32, 128)},
+        "bptt_steps_in_24_gib": {
+            str(batch): int(DEVICE / batch // per_step) if per_step > 0 else None for batch in (1, 2, 8, 32, 128)
+        },
     }
 
 
@@ -108,10 +105,7 @@ def _foreseen(rows: list[Numbers], steps: int) -> float:
 
 
 def _in_process(size: Size, method: str) -> Numbers:
-    job = json.dumps({"size": asdict(size), "method": method, "threads": torch.get_num_threads()})
-    done = subprocess.run([sys.executable, "-m", "crbp.bench.probe", job], capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise CrbpError(f"measuring {method} at {size.steps} steps ended with status {done.returncode}: {reason}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    found: Numbers = in_process(
+        "crbp.bench.probe", {"size": asdict(size), "method": method}, what=f"measuring {method} at {size.steps} steps"
+    )
     return found

@@ -1,4 +1,4 @@
-"""One training step in a fresh process: what autograd saved and by how much the process grew. Run by `crbp.bench`."""
+"""One training step in a fresh process: what it saved and grew by, or took to compile. Run by `crbp.bench`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 import crbp
-from crbp.bench.measure import WEIGHT, Numbers, Size, timed
+from crbp.bench.measure import WEIGHT, Numbers, Size, timed, training_step
 from crbp.bench.memory import gradient, saved
+from crbp.errors import CrbpError
 from crbp.losses import focal_loss
+from crbp.ops.fused import compiler_works
 
 
 def peak() -> int:
@@ -51,7 +53,21 @@ def probe(size: Size, method: str) -> Numbers:
     return {"saved_bytes": saved(size, method), "peak_bytes": grown, "seconds": seconds}
 
 
+def first_step(size: Size) -> float:
+    """Seconds of the first training step of this process beyond those of the next.
+
+    Raises:
+        CrbpError: where fused stages cannot be compiled.
+    """
+    net, (image, mask) = size.net(), size.data()
+    first, second = (timed(lambda: training_step(net, image, mask, weight=WEIGHT))[1] for _ in range(2))
+    if not compiler_works():
+        raise CrbpError("fused stages cannot be compiled here, which needs a C++ compiler")
+    return first - second
+
+
 if __name__ == "__main__":
     job = json.loads(sys.argv[1])
     torch.set_num_threads(job["threads"])
-    print(json.dumps(probe(Size(**job["size"]), job["method"])))
+    given = Size(**job["size"])
+    print(json.dumps(probe(given, job["method"]) if "method" in job else first_step(given)))

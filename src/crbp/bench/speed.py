@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import cache, partial
@@ -16,17 +12,16 @@ from typing import Any
 import torch
 
 from crbp.bench.measure import (
-    WEIGHT,
     Numbers,
     Pair,
     Size,
     flat,
+    in_process,
     in_turns,
     make_cell,
     relative,
     spread,
     timed,
-    training_step,
 )
 from crbp.data.pathfinder import Pathfinder
 from crbp.ops import repeated_products, shared_spectra
@@ -54,27 +49,13 @@ def compiling(*, quick: bool) -> Numbers:
 
     Each in a process of its own; the step's size hardly matters.
     """
-    job = json.dumps(asdict(replace(TINY, fused=True)))
+    size = asdict(replace(TINY, fused=True))
     seconds: dict[str, list[float]] = {"empty": [], "filled": []}
     with TemporaryDirectory() as folder:
-        variables = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": folder}
+        cache = {"TORCHINDUCTOR_CACHE_DIR": folder}
         for name in ("empty", "filled") if quick else ("empty", "filled", "filled", "filled"):
-            code = (
-                "import json, sys; from crbp.bench.speed import first_step; print(first_step(json.loads(sys.argv[1])))"
-            )
-            done = subprocess.run(
-                [sys.executable, "-c", code, job], env=variables, capture_output=True, text=True, check=True
-            )
-            seconds[name].append(float(done.stdout.splitlines()[-1]))
+            seconds[name].append(in_process("crbp.bench.probe", {"size": size}, what="compiling", variables=cache))
     return {name: spread(values) for name, values in seconds.items()}
-
-
-def first_step(size: dict[str, Any]) -> float:
-    """Seconds of the first training step of this process beyond those of the next."""
-    given = Size(**size)
-    net, (image, mask) = given.net(), given.data()
-    first, second = (timed(lambda: training_step(net, image, mask, weight=WEIGHT))[1] for _ in range(2))
-    return first - second
 
 
 def images(*, quick: bool) -> Numbers:

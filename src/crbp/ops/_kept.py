@@ -19,17 +19,18 @@ class Kept:
 
     def get(self, what: Hashable, make: Callable[[], Tensor]) -> Tensor:
         """The tensor of this name, made if need be."""
-        if what not in self._found:
-            self._found[what] = make()
+        found = self._found.get(what)
+        if found is None:
+            self._found[what] = found = make()
             for seen in _thread.watching:
-                seen.append(ref(self._found[what]))
+                seen.append(ref(found))
             if _thread.passing is not None:
                 _thread.passing.append((self, what))
-        return self._found[what]
+        return found
 
     def forget(self, what: Hashable) -> None:
         """Let go of a tensor, which is made again when it is asked for again."""
-        del self._found[what]
+        self._found.pop(what, None)
 
 
 @dataclass
@@ -54,15 +55,19 @@ def watched() -> Iterator[list[ref[Tensor]]]:
 
 @contextmanager
 def passing() -> Iterator[None]:
-    """Let go, when the block ends, of what was made in it.
+    """Let go, when the outermost such block ends, of what was made in it.
 
-    A penalty needs the adjoint of a spectrum once for its value, and then not before the backward pass, where it is
-    as quickly made again: a graph that waits for that need not hold it.
+    Penalties need the adjoint of a spectrum for their values, and then not before the backward pass: a graph that waits
+    for that need not hold it. To make it once more takes up to a few percent of a training step.
     """
-    before, _thread.passing = _thread.passing, []
+    if _thread.passing is not None:
+        yield
+        return
+    made: list[tuple[Kept, Hashable]] = []
+    _thread.passing = made
     try:
         yield
     finally:
-        for kept, what in _thread.passing:
+        _thread.passing = None
+        for kept, what in made:
             kept.forget(what)
-        _thread.passing = before

@@ -51,7 +51,8 @@ class Fused:
         self.function = function
         self.compile_seconds = 0.0
         self._compiled: dict[tuple[Any, Signature], Callable[..., Any]] = {}
-        self._linear: dict[tuple[Indices, Signature], Linear | None] = {}
+        self._linear: dict[tuple[Indices, Signature], Linear] = {}
+        self._impure: set[Indices] = set()  # whose product cannot be split
         self._sizes: Counter[Any] = Counter()
         self._told = False
 
@@ -76,13 +77,16 @@ class Fused:
     def linearised(self, asked: Indices, *tensors: Tensor) -> Callable[[Tensor], tuple[Tensor, ...]]:
         """The same as a function of ``g`` alone, all computed and kept that depends on ``x…`` only."""
         key = asked, _signature(tensors)
-        if key not in self._linear and self._is_full(("residuals", asked)):
-            return lambda gradient: self.pullback(asked, gradient, *tensors[1:])
+        arguments = tensors[1:]
+        if key not in self._linear and asked not in self._impure and not self._is_full(("residuals", asked)):
+            linear = linearise(_traced(_first(self.function, asked), tensors))
+            if linear is None:
+                self._impure.add(asked)
+            else:
+                self._linear[key] = linear
         if key not in self._linear:
-            self._linear[key] = linearise(_traced(_first(self.function, asked), tensors))
-        linear, arguments = self._linear[key], tensors[1:]
-        if linear is None:
             return lambda gradient: self.pullback(asked, gradient, *arguments)
+        linear = self._linear[key]
         # The graphs hold for these arguments, of which not all come by again.
         kept = self._run(("residuals", asked, key), linear.residuals, *arguments)
         kept = (*kept, *(arguments[place] for place in linear.needed))
@@ -234,6 +238,11 @@ def _log1p(e: Tensor) -> Tensor:
     pairs = [c[k] + c[k + 1] * e for k in range(0, 10, 2)]
     low = (pairs[0] + pairs[1] * e2) + (pairs[2] + pairs[3] * e2) * e4
     return (low + (pairs[4] + c[10] * e2) * (e4 * e4)) * e
+
+
+def compiler_works() -> bool:
+    """Whether fused functions are compiled, as far as is known: none has failed to be so far."""
+    return _Compiler.works
 
 
 class _Compiler:

@@ -61,8 +61,11 @@ class _Winograd(torch.autograd.Function):
 
     @staticmethod
     def forward(image: Tensor, weight: Tensor, kept: Kept | None, reverse: bool) -> Tensor:
-        given = weight.flip(2, 3).transpose(0, 1) if reverse else weight
-        found: Tensor = _correlate(image, (kept or Kept()).get(reverse, lambda: _transformed(given.detach())))
+        def transform() -> Tensor:
+            given = weight.detach()
+            return _transformed(given.flip(2, 3).transpose(0, 1) if reverse else given)
+
+        found: Tensor = _correlate(image, (kept or Kept()).get(reverse, transform))
         return found
 
     @staticmethod

@@ -16,6 +16,7 @@ import crbp
 from crbp._checks import choice, count, non_negative, share
 from crbp.metrics import contour_metrics
 from crbp.models import Prediction
+from crbp.ops._kept import passing
 from crbp.tasks._backward import log_backward
 from crbp.tasks._readout import Loss, readout
 from crbp.tasks._resume import ResumableModule
@@ -171,24 +172,26 @@ class ContourTask(ResumableModule):
         loss = pixels = self._of_steps(prediction, batch["mask"])
         values: dict[str, Tensor | float] = {f"train/{self.loss}": pixels}
         self.progress = self.readout.progress(prediction.logits.detach(), batch["mask"])
-        if self.penalty is not None:
-            assert prediction.run is not None  # checked when the task was made
-            values["train/penalty"] = penalty = self.penalty(prediction.run)
-            values["train/penalty_weight"] = weight = self.penalty.weight * self._ramp()
-            loss = loss + weight * penalty
-        if self.residual_weight:
-            assert prediction.run is not None
-            loss = loss + self.residual_weight * self._ramp() * crbp.residual_penalty(prediction.run)
-        if self.spectral_weight:
-            assert prediction.run is not None
-            growth = crbp.spectral_penalty(prediction.run, bound=self.spectral_bound)
-            values["train/spectral_penalty"] = growth
-            loss = loss + self.spectral_weight * self._ramp() * growth
         if prediction.run is not None:
+            loss = self._with_penalties(loss, prediction.run, values)
             self._report = prediction.run.report
             self.log("train/residual", self._report.residual)
         self.log("train/loss", loss, prog_bar=True)
         self.log_dict(values)
+        return loss
+
+    @passing()
+    def _with_penalties(self, loss: Tensor, run: crbp.Run, values: dict[str, Tensor | float]) -> Tensor:
+        """The loss with all penalties on the dynamics; they are put among the values to log as well."""
+        if self.penalty is not None:
+            values["train/penalty"] = penalty = self.penalty(run)
+            values["train/penalty_weight"] = weight = self.penalty.weight * self._ramp()
+            loss = loss + weight * penalty
+        if self.residual_weight:
+            loss = loss + self.residual_weight * self._ramp() * crbp.residual_penalty(run)
+        if self.spectral_weight:
+            values["train/spectral_penalty"] = growth = crbp.spectral_penalty(run, bound=self.spectral_bound)
+            loss = loss + self.spectral_weight * self._ramp() * growth
         return loss
 
     def on_after_backward(self) -> None:

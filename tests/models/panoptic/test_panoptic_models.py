@@ -66,6 +66,13 @@ def test_a_training_step_from_scratch_reaches_every_parameter(make):
         assert parameter.grad.any(), name
 
 
+def test_the_scales_of_the_cells_norms_start_where_they_are_told():
+    for given, scale in (({}, 0.1), ({"norm_scale": 0.5}, 0.5)):
+        cell = _rfpn(**given).mask_head.cell
+        for norm in (cell.inhibition_norm, cell.excitation_norm):
+            assert torch.equal(norm.weight, torch.full_like(norm.weight, scale))
+
+
 @pytest.mark.parametrize("make", [_fpn, lambda: _rfpn(penalty=Penalty())], ids=["fpn", "rfpn"])
 def test_images_without_objects_train_on(make):
     """Every parameter gets a gradient, of zero where nothing was to be learnt, for which other processes may wait."""
