@@ -16,7 +16,7 @@ from _runs import ROOT
 from _tables import markdown, with_tables
 
 Numbers = dict[str, Any]
-FILES = ("bench", "memory", "solvers")
+FILES = ("bench", "kernels", "memory", "solvers")
 STEPS = (5, 20, 100, 500)
 PRODUCTS = (1, 3, 6, 10, 15, 20, 30, 40)
 METHODS = {
@@ -31,14 +31,14 @@ AXES = {"batch": "batch", "image": "image side", "channels": "channels"}
 def tables(parts: dict[str, Numbers]) -> dict[str, str]:
     """The tables of the page by name, from the parts by the name of their file."""
     return {
-        "kernels": kernels(parts["bench"]["kernels"]),
+        "kernels": kernels(parts["kernels"]["kernels"]),
         "memory": memory(parts["memory"]["memory"], "saved_bytes"),
         "grown": memory(parts["memory"]["memory"], "peak_bytes"),
         "paper": paper(parts["memory"]["memory"]["paper"]),
         "f1": time_to_f1(parts["bench"]["time_to_f1"]),
         "precision": precision(parts["bench"]["precision"]),
         "solvers": solvers(parts["solvers"]["solvers"]),
-        "scaling": scaling(parts["bench"]["scaling"]),
+        "scaling": scaling(parts["kernels"]["scaling"]),
     }
 
 

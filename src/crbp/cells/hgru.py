@@ -38,9 +38,9 @@ class HGRU(nn.Module):
             images of a batch), ``"group"`` or ``"none"``.
         norm_scale: start of the normalisation's scales; the paper's is 0.1, with which a small model hardly starts.
         horizon: longest time constant of the gates in steps, T_max; the number of steps trained for.
-        fused: compile what lies between the convolutions, see `crbp.ops.Fused`: half a minute at the first steps, which
-            the compiler's cache saves the next time, for faster ones after. It pays at sizes where a step takes
-            milliseconds.
+        fused: compile what lies between the convolutions, see `crbp.ops.Fused`: half a minute at the first steps, a
+            third of it where the compiler's cache on disk is filled, for faster ones after. It pays at sizes where a
+            step takes milliseconds.
 
     Raises:
         ValueError: for sizes out of range or an unknown norm.
