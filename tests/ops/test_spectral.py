@@ -211,20 +211,30 @@ def test_what_is_kept_of_a_kernel_is_counted_while_a_graph_has_it(method: Any, k
     assert counted(keep=True) >= alone + spectrum
 
 
-@needs_compiler
-@pytest.mark.parametrize("penalty", [crbp.lipschitz_penalty, crbp.spectral_penalty, crbp.jacobian_frobenius_penalty])
-def test_a_penalty_holds_no_adjoint_until_the_backward_pass(penalty: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[weakref.ref[Any]] = []
+def run_by_fft() -> crbp.Run:
+    layer, drive = ops.Conv2d(4, 4, 5, method="fft"), torch.randn(1, 4, 12, 12)
+    return crbp.Evolve(steps=3, gradient=crbp.RBP())(lambda h: torch.tanh(drive + layer(h)), torch.zeros_like(drive))
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Any]]:
+    """Every adjoint from now on."""
+    found: list[weakref.ref[Any]] = []
     original = spectral._adjoint
 
     def spy(*given: Any) -> Any:
-        found = original(*given)
-        made.append(weakref.ref(found))
-        return found
+        adjoint = original(*given)
+        found.append(weakref.ref(adjoint))
+        return adjoint
 
     monkeypatch.setattr(spectral, "_adjoint", spy)
-    layer, drive = ops.Conv2d(4, 4, 5, method="fft"), torch.randn(1, 4, 12, 12)
-    run = crbp.Evolve(steps=3, gradient=crbp.RBP())(lambda h: torch.tanh(drive + layer(h)), torch.zeros_like(drive))
+    return found
+
+
+@needs_compiler
+@pytest.mark.parametrize("penalty", [crbp.lipschitz_penalty, crbp.spectral_penalty, crbp.jacobian_frobenius_penalty])
+def test_a_penalty_holds_no_adjoint_until_the_backward_pass(penalty: Any, made: list[weakref.ref[Any]]) -> None:
+    run = run_by_fft()
     value = penalty(run)
     assert len(made) == 1
     assert made[0]() is None
@@ -233,12 +243,8 @@ def test_a_penalty_holds_no_adjoint_until_the_backward_pass(penalty: Any, monkey
 
 
 @needs_compiler
-def test_several_penalties_make_their_adjoints_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[int] = []
-    original = spectral._adjoint
-    monkeypatch.setattr(spectral, "_adjoint", lambda *given: made.append(1) or original(*given))
-    layer, drive = ops.Conv2d(4, 4, 5, method="fft"), torch.randn(1, 4, 12, 12)
-    run = crbp.Evolve(steps=3, gradient=crbp.RBP())(lambda h: torch.tanh(drive + layer(h)), torch.zeros_like(drive))
+def test_several_penalties_make_their_adjoints_once(made: list[weakref.ref[Any]]) -> None:
+    run = run_by_fft()
     with passing():
         crbp.lipschitz_penalty(run) + crbp.spectral_penalty(run)
         assert len(made) == 1
