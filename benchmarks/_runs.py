@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -40,9 +40,14 @@ def crbp(*arguments: str | Path, log: Path) -> bool:
     return done.returncode == 0
 
 
-def train(config: Path, seed: int, out: Path, analyse: Analyse) -> None:
-    """Train one row, from where it was left, and analyse it; its run then has a ``made.json``."""
-    name = label(config.stem, seed)
+def train(
+    config: Path, seed: int, out: Path, analyse: Analyse, *, name: str | None = None, settings: Sequence[str] = ()
+) -> None:
+    """Train one row, from where it was left, and analyse it; its run then has a ``made.json``.
+
+    ``settings`` are options of ``crbp fit`` in place of the configuration's; such a run has a ``name`` of its own.
+    """
+    name = name or label(config.stem, seed)
     run = out / name / "version_0"
     if (run / "made.json").exists():
         return
@@ -54,6 +59,7 @@ def train(config: Path, seed: int, out: Path, analyse: Analyse) -> None:
     arguments += ["--seed_everything", str(seed), "--data.init_args.seed", str(seed)]
     arguments += ["--trainer.logger.init_args.save_dir", out, "--trainer.logger.init_args.name", name]
     arguments += ["--trainer.logger.init_args.version", "version_0"]
+    arguments += settings
     if (last := run / "checkpoints" / "last.ckpt").exists():
         arguments += ["--ckpt_path", last]
     made, start = {**environment(), "threads": 1}, time.perf_counter()

@@ -1,0 +1,102 @@
+"""The same effort for all methods: as many sets of settings for each on 14 dashes as were tried for C-RBP.
+
+    python benchmarks/tuning.py hgru_bptt hgru_rbp      # 4 trainings each; resumes what was cut off
+
+The first set of each row is the one of its configuration; these are four others. Writes
+`results/pathfinder/tuning.csv`, a line for each set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+from pathlib import Path
+
+import torch
+from _kept import FOLDER
+from _runs import ROOT, train
+from pathfinder import CONFIGS, accuracy
+
+from crbp.models import PathfinderNet
+from crbp.tasks import load_net
+
+TASK = "small14"
+COLUMNS = ("row", "set", "f1_at_n", "f1_at_4n", "f1_best", "f1_best_at", "seed", "seconds", "commit", "processor")
+MODEL, CELL = "--model.init_args", "--model.init_args.net.init_args.cell.init_args"
+
+
+def rates(*values: float) -> dict[str, list[str]]:
+    """Sets with another learning rate, of which the configurations have .01."""
+    return {f"rate {value:g}": [f"{MODEL}.learning_rate", str(value)] for value in values}
+
+
+def gates(*horizons: int) -> dict[str, list[str]]:
+    """Sets whose gates start with time constants up to another number of steps."""
+    return {f"gates of {steps}": [f"{CELL}.horizon", str(steps)] for steps in horizons}
+
+
+SIX_STEPS = rates(0.005, 0.02) | gates(3, 12)  # for rows whose gates have 6
+SETS: dict[str, dict[str, list[str]]] = {
+    "hgru_bptt": SIX_STEPS,
+    "hgru_bptt_k3": SIX_STEPS,
+    "hgru_truncated": SIX_STEPS,
+    "hgru_allsteps": SIX_STEPS,
+    "hgru_cbptt": rates(0.005)
+    | gates(12)
+    # What C-RBP has on 14 dashes, apart and together.
+    | {"growth .2": [f"{MODEL}.spectral_weight", "0.2"]}
+    | {"growth .2, up to 1.5N": [f"{MODEL}.spectral_weight", "0.2", f"{MODEL}.step_jitter", "3"]},
+    "hgru_rbp": rates(0.0025, 0.005, 0.02) | gates(24),
+    "feedforward": rates(0.0025, 0.005, 0.02, 0.04),
+}
+
+
+def analyse(name: str, run: Path) -> bool:
+    """Measure F1 on the validation split after every step up to 4N."""
+    f1 = accuracy(run / "weights" / "last.safetensors", TASK)
+    (run / "f1.json").write_text(json.dumps(f1))
+    return True
+
+
+def line_of(row: str, tried: str, run: Path) -> dict[str, str]:
+    """The line of one set."""
+    f1, made = (json.loads((run / name).read_text()) for name in ("f1.json", "made.json"))
+    net = load_net(run / "weights" / "last.safetensors")
+    n = net.evolve.steps if isinstance(net, PathfinderNet) else 1
+    best = max(range(len(f1)), key=f1.__getitem__)
+    beyond = {"f1_at_4n": f"{f1[-1]:.4g}", "f1_best": f"{f1[best]:.4g}", "f1_best_at": best + 1} if len(f1) > 1 else {}
+    kept = {key: made[key] for key in ("seed", "seconds", "commit", "processor")}
+    line = {"row": f"{TASK}_{row}", "set": tried, "f1_at_n": f"{f1[n - 1]:.4g}", **beyond, **kept}
+    return {key: str(line.get(key, "")) for key in COLUMNS}
+
+
+def main() -> None:
+    """Train the sets that are missing, and write the file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", nargs="*", choices=SETS, default=list(SETS), metavar="ROW", help="all by default")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs", help="folder of the runs")
+    parser.add_argument("--out", type=Path, default=FOLDER / "tuning.csv")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    lines = {}
+    if options.out.exists():
+        lines = {(each["row"], each["set"]): each for each in csv.DictReader(options.out.read_text().splitlines())}
+    for row in options.rows:
+        for tried, settings in SETS[row].items():
+            name = f"{TASK}_{row}_{tried.replace(', ', '_').replace(' ', '_')}"
+            train(CONFIGS / f"{TASK}_{row}.yaml", 0, options.runs.resolve(), analyse, name=name, settings=settings)
+            run = options.runs / name / "version_0"
+            if not (run / "made.json").exists():
+                continue
+            line = line_of(row, tried, run)
+            lines[line["row"], tried] = line
+            with options.out.open("w", newline="") as out:
+                writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(lines[key] for key in sorted(lines))
+            print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
