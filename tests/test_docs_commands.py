@@ -11,7 +11,6 @@ import json
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -28,7 +27,7 @@ from PIL import Image
 
 from crbp.cli import main
 from crbp.data.panoptic import write_shapes
-from launched import BOUND, environment, started, step_of
+from launched import BOUND, environment, free_port, started, step_of
 from test_docs_code import BLOCKS, LAUNCHERS, ROOT, commands, files, filled
 from test_launch import slurm
 
@@ -93,9 +92,7 @@ def small(words: list[str]) -> list[str]:
     if words[0] in ("analyze", "compare"):
         return ["--images", "2", *(["--steps", "40"] if "--steps" in words else [])]
     if words[0] == "app":
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            return ["--port", str(free.getsockname()[1])]
+        return ["--port", free_port()]
     return []
 
 
@@ -242,12 +239,6 @@ def run(line: str, *options: str, **settings: str) -> str:
     )
     assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
     return done.stdout
-
-
-def free_port() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
 
 
 @contextmanager

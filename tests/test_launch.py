@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,7 +13,19 @@ from pathlib import Path
 
 import pytest
 
-from launched import BOUND, CONFIG, ROOT, TINY, environment, started, step_of, wait_for, wait_until_gone, with_variable
+from launched import (
+    BOUND,
+    CONFIG,
+    ROOT,
+    TINY,
+    environment,
+    free_port,
+    started,
+    step_of,
+    wait_for,
+    wait_until_gone,
+    with_variable,
+)
 
 LAUNCH = ROOT / "configs" / "launch"
 
@@ -45,6 +58,7 @@ def slurm(folder: Path, tasks: int) -> dict[str, str]:
         command.chmod(0o755)
     job = {"JOB_ID": "4711", "JOB_NAME": "crbp", "NTASKS": str(tasks), "NTASKS_PER_NODE": str(tasks), "NNODES": "1"}
     made = environment(**{f"SLURM_{name}": value for name, value in job.items()}, SLURM_NODELIST="127.0.0.1")
+    made["MASTER_PORT"] = free_port()  # else one made of the job's number, which all tests share
     return {**made, "PATH": f"{commands}:{made['PATH']}"}
 
 
@@ -105,7 +119,7 @@ def test_data_is_copied_to_the_node_and_read_there(tmp_path: Path) -> None:
 def test_torchrun_ends_a_run_that_lost_a_process_and_goes_on_when_called_again(tmp_path: Path) -> None:
     command = ["bash", str(LAUNCH / "torchrun.sh"), str(CONFIG), *TINY]
     last = tmp_path / "runs" / CONFIG.stem / "torchrun" / "checkpoints" / "last.ckpt"
-    settings = environment(PROCESSES="2", PORT="29533")
+    settings = environment(PROCESSES="2", PORT=free_port())
     with started(command, tmp_path, settings) as run:
         wait_for(last, run)
         os.kill(with_variable(run.pid, "RANK", "1"), signal.SIGKILL)
@@ -136,6 +150,21 @@ def test_a_run_that_lost_a_process_says_so_and_how_to_go_on(killed: int, tmp_pat
     assert "Traceback" not in (tmp_path / "log").read_text()
     (path,) = re.findall(r"resume with --ckpt_path (\S+)", told[0])
     assert (tmp_path / path).samefile(last)
+
+
+@pytest.mark.slow
+def test_a_run_whose_port_is_taken_says_which(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "crbp.cli", "fit", "--config", str(CONFIG), *TINY, "--trainer.devices", "2"]
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        with started(command, tmp_path, environment(MASTER_PORT=port)) as run:
+            assert run.wait(BOUND) == 1
+    told = [line for line in (tmp_path / "log").read_text().splitlines() if line.startswith("crbp: error: ")]
+    assert len(told) == 1
+    assert f"port {port}" in told[0]
+    assert "MASTER_PORT" in told[0]
 
 
 @pytest.mark.slow

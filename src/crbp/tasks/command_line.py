@@ -13,6 +13,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -290,6 +291,12 @@ class _CommandLine(LightningCLI):
 
     def _said_of(self, error: Exception) -> BaseException | None:
         """What to raise in the place of an error that does not say what to do; None where it is not known."""
+        if isinstance(error, dist.DistNetworkError) and "EADDRINUSE" in str(error):
+            port = self.trainer.strategy.cluster_environment.main_port  # type: ignore[attr-defined]
+            return SystemExit(
+                f"crbp: error: port {port}, at which the processes of this run are to meet, is taken by another "
+                "program; give a free one as MASTER_PORT (torchrun has --master-port, and crbp's torchrun.sh PORT)"
+            )
         if isinstance(error, RuntimeError) and self.trainer.world_size > 1 and lost_process(error):
             return SystemExit(self._told_lost(error))
         if isinstance(error, OSError) and error.errno in _UNWRITABLE:
