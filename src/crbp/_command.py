@@ -34,7 +34,11 @@ EXAMPLES = {
     ),
     "crbp app": ("crbp app --open", f"crbp app --checkpoint {_RUN} --port 8000"),
     "crbp model-summary": ("crbp model-summary rfpn --depth 50", "crbp model-summary fpn --things 20 --stuff 5"),
-    "crbp bench": ("crbp bench --quick", "crbp bench --only step memory --threads 1 --out bench"),
+    "crbp bench": (
+        "crbp bench --quick",
+        "crbp bench --only step memory --threads 1 --out bench",
+        "crbp bench --device cuda --only step convolutions rollout",
+    ),
     "crbp export": (
         "crbp export small9_hgru_crbp --format onnx --steps 20 --out net.onnx",
         f"crbp export {_RUN}/weights/best.safetensors",

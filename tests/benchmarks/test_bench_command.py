@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from crbp.bench import measure
+from crbp.bench import command, measure, tables
 from crbp.bench.measure import Pair, Size, in_turns, spread
 from crbp.bench.speed import convolutions, exponent
 from crbp.cli import main
+from crbp.errors import CrbpError
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +82,7 @@ def test_solvers_close_in_on_the_gradient(numbers):
 @pytest.mark.slow
 def test_the_other_parts(tmp_path):
     out = tmp_path / "bench"
-    others = ["compiling", "kernels", "time_to_f1", "precision", "scaling", "roofline", "images"]
+    others = ["compiling", "kernels", "time_to_f1", "precision", "scaling", "roofline", "images", "rollout"]
     assert main(["bench", "--quick", "--threads", "1", "--out", str(out), "--only", *others]) == 0
     parts = json.loads((out / "bench.json").read_text())["parts"]
     assert [row["kernel_size"] for row in parts["kernels"]["rows"]] == [3, 5, 9]
@@ -102,11 +103,38 @@ def test_the_other_parts(tmp_path):
     assert least["fft"] > 0
     assert least["elementwise"] > 0
     assert all(seconds > 0 for seconds in parts["roofline"]["measured_seconds"].values())
+    ways = parts["rollout"]["seconds"]
+    assert all(0 < found["median"] < found["first_seconds"] for found in ways.values())
+    assert all(found["difference"] < 1e-5 for found in ways.values())
+    assert ways["compiled"]["difference"] > 0  # else it would hardly have been compiled
+
+
+def test_ways_to_convolve_come_to_the_same(tmp_path):
+    out = tmp_path / "bench"
+    assert main(["bench", "--quick", "--device", "cpu", "--out", str(out), "--only", "convolutions"]) == 0
+    (row,) = json.loads((out / "bench.json").read_text())["parts"]["convolutions"]["rows"]
+    for name, found in row["seconds"].items():
+        assert found["min"] > 0
+        assert 0 < found["error"] < (1e-2 if "bfloat16" in name else 1e-6)
+    assert row["seconds"]["direct, bfloat16"]["error"] > 1e-4
+
+
+def test_each_part_has_a_table_and_those_of_any_device_take_it():
+    assert set(tables.TABLES) == {*command.ANYWHERE, *command.ON_CPU}
+    with pytest.raises(CrbpError, match="memory is for the CPU"):
+        command.main(["--device", "meta", "--only", "step", "memory"])
+
+
+def test_all_of_a_size_is_on_its_device():
+    size = Size(channels=4, kernel_size=5, image=8, fused=False, device="meta")
+    assert all(each.is_meta for each in (*size.net().parameters(), *size.data()))
 
 
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
+        (["--device", "gpu"], "--device gpu"),
+        (["--device", "xpu"], "--device xpu"),  # PyTorch's wheels are not built with it
         (["--threads", "0"], "0"),
         (["--threads", "x"], "x"),
         (["--only", "nothing"], "nothing"),

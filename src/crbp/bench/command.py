@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -13,10 +14,11 @@ from rich.console import Console
 
 from crbp._command import Parser, reserve
 from crbp._threads import set_threads
-from crbp.bench import convergence, figures, memory, speed, tables
+from crbp.bench import convergence, devices, figures, memory, speed, tables
 from crbp.bench.measure import Numbers, environment, textbook
 from crbp.errors import CrbpError
 from crbp.ops import keep_freed_memory
+from crbp.tasks._messages import one_line
 
 
 class Part(Protocol):
@@ -26,21 +28,30 @@ class Part(Protocol):
         """Measure, at tiny sizes where ``quick``."""
 
 
-PARTS: dict[str, Part] = {
+class PartAnywhere(Protocol):
+    """A part that is measured on any device."""
+
+    def __call__(self, *, quick: bool, device: str) -> Numbers:
+        """Measure there, at tiny sizes where ``quick``."""
+
+
+ANYWHERE: dict[str, PartAnywhere] = {
     "step": speed.step,
-    "compiling": speed.compiling,
     "kernels": speed.kernels,
+    "precision": speed.precision,
+    "scaling": speed.scaling,
+    "convolutions": devices.convolutions,
+    "rollout": devices.rollout,
+}
+ON_CPU: dict[str, Part] = {
+    "compiling": speed.compiling,
     "memory": memory.memory,
     "time_to_f1": convergence.time_to_f1,
     "solvers": convergence.solvers,
-    "precision": speed.precision,
-    "scaling": speed.scaling,
     "roofline": speed.roofline,
     "images": speed.images,
 }
-
-
-SLOW = ("compiling",)  # at any size, and therefore not part of --quick unless asked for
+SLOW = ("compiling", "rollout")  # at any size, and therefore not part of --quick unless asked for
 
 
 def main(arguments: list[str]) -> None:
@@ -61,10 +72,12 @@ def main(arguments: list[str]) -> None:
         torch.set_num_threads(options.threads)
     try:
         numbers: Numbers = {"environment": environment(), "quick": options.quick, "parts": {}}
-        for name in options.only or [name for name in PARTS if not (options.quick and name in SLOW)]:
+        parts: dict[str, Part] = {name: partial(part, device=options.device) for name, part in ANYWHERE.items()}
+        parts |= ON_CPU
+        for name in _wanted(options):
             start = time.perf_counter()
             with console.status(f"Measuring {name} …"):
-                found = PARTS[name](quick=options.quick)
+                found = parts[name](quick=options.quick)
             numbers["parts"][name] = {**found, "measured_in_seconds": round(time.perf_counter() - start, 1)}
             for file in files:
                 _write(file, numbers)
@@ -84,7 +97,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--out", default="bench", metavar="DIR", help="folder of numbers and figures (default: bench)")
     made.add_argument("--json", metavar="FILE", help="write the numbers to this file as well")
     made.add_argument("--quick", action="store_true", help="tiny sizes: that it works, not how fast")
-    made.add_argument("--only", nargs="+", choices=list(PARTS), metavar="NAME", help=f"of {', '.join(PARTS)}")
+    names = [*ANYWHERE, *ON_CPU]
+    made.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=f"of {', '.join(names)}")
+    made.add_argument(
+        "--device", default="cpu", help=f"where to measure, such as cuda, which is for {', '.join(ANYWHERE)}"
+    )
     made.add_argument("--threads", type=int, metavar="N", help="of the computation (default: the cores at hand)")
     return made
 
@@ -93,7 +110,21 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     options = parser().parse_args(arguments)
     if options.threads is not None and options.threads < 1:
         raise CrbpError(f"--threads must be at least 1, not {options.threads}")
+    if options.device == "cpu":
+        return options
+    try:
+        torch.empty(1, device=options.device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise CrbpError(f"--device {options.device} cannot be used here ({one_line(error)}); give cpu") from error
+    if elsewhere := [name for name in options.only or () if name in ON_CPU]:
+        raise CrbpError(f"--only {' '.join(elsewhere)} is for the CPU; on others there are {', '.join(ANYWHERE)}")
     return options
+
+
+def _wanted(options: argparse.Namespace) -> list[str]:
+    """Names of the parts to measure."""
+    every = [*ANYWHERE, *ON_CPU] if options.device == "cpu" else list(ANYWHERE)
+    return options.only or [name for name in every if not (options.quick and name in SLOW)]
 
 
 def _write(file: Path, numbers: Numbers) -> None:

@@ -65,6 +65,7 @@ class Size:
         steps: N.
         terms: K of the Neumann series.
         fused: compile the cell's element-wise stages.
+        device: where all of it is.
     """
 
     channels: int = 25
@@ -74,20 +75,19 @@ class Size:
     steps: int = 20
     terms: int = 15
     fused: bool = True
+    device: str = "cpu"
 
     def net(self, gradient: GradientMethod | None = None) -> PathfinderNet:
         """The model of crbp, with RBP unless another gradient is given."""
         if gradient is None:
             gradient = rbp(self.terms)
-        return PathfinderNet(
-            make_cell(self.channels, self.kernel_size, fused=self.fused),
-            crbp.Evolve(steps=self.steps, gradient=gradient),
-        )
+        cell = make_cell(self.channels, self.kernel_size, fused=self.fused)
+        return PathfinderNet(cell, crbp.Evolve(steps=self.steps, gradient=gradient)).to(self.device)
 
     def data(self) -> tuple[Tensor, Tensor]:
         """Random images ``(B, 1, H, W)``, a tenth of whose pixels are set, and masks ``(B, H, W)`` of half of those."""
         generator = torch.Generator().manual_seed(0)
-        noise = torch.rand(self.batch, 1, self.image, self.image, generator=generator)
+        noise = torch.rand(self.batch, 1, self.image, self.image, generator=generator).to(self.device)
         return (noise > 0.9).float(), (noise > 0.95)[:, 0]
 
 
@@ -134,7 +134,7 @@ class Pair:
         if size.fused:
             forget_compiled()
         torch.manual_seed(0)
-        net, other = size.net(), textbook().TextbookNet(size.channels, size.kernel_size)
+        net, other = size.net(), textbook().TextbookNet(size.channels, size.kernel_size).to(size.device)
         other.load_state_dict(net.state_dict())
         image, mask = size.data()
 
@@ -179,10 +179,17 @@ def relative(got: Tensor, wanted: Tensor) -> float:
 
 
 def timed(job: Callable[[], Any]) -> tuple[Any, float]:
-    """What a job returns and the seconds it takes."""
+    """What a job returns and the seconds it takes, until all is done that it started on another device."""
+    _wait()
     start = time.perf_counter()
     result = job()
+    _wait()
     return result, time.perf_counter() - start
+
+
+def _wait() -> None:
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
 
 
 def in_turns(jobs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
@@ -225,6 +232,7 @@ def environment() -> Numbers:
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 

@@ -32,9 +32,9 @@ TINY = Size(channels=4, kernel_size=5, image=20, steps=4, terms=3, fused=False)
 BYTES = 4  # of a float32
 
 
-def step(*, quick: bool) -> Numbers:
+def step(*, quick: bool, device: str) -> Numbers:
     """A training step at the paper's size, penalty on, batch 2, float32; fused, and as cells are by default."""
-    size, repeats = TINY if quick else PAPER, 3 if quick else 5
+    size, repeats = replace(TINY if quick else PAPER, device=device), 3 if quick else 5
     plain = replace(size, fused=False)
     return {
         "size": asdict(size),
@@ -85,9 +85,9 @@ def exactness(size: Size) -> Numbers:
     return errors
 
 
-def kernels(*, quick: bool) -> Numbers:
+def kernels(*, quick: bool, device: str) -> Numbers:
     """The same for the paper's smaller kernels, whose runs are longer there: 300, 100 and 30 steps of 150×150."""
-    base = replace(TINY, image=16) if quick else PAPER
+    base = replace(replace(TINY, image=16) if quick else PAPER, device=device)
     rows = []
     for side, steps in ((3, 300), (5, 100), (9, 30)):
         size = replace(base, kernel_size=side, steps=TINY.steps if quick else steps)
@@ -95,19 +95,19 @@ def kernels(*, quick: bool) -> Numbers:
     return {"size": asdict(base), "rows": rows}
 
 
-def precision(*, quick: bool) -> Numbers:
+def precision(*, quick: bool, device: str) -> Numbers:
     """What bfloat16 costs and gives: gradients under autocast beside those in float32, for each kernel.
 
     Parameters and state stay float32; convolutions, direct ones then, and matrix products are in bfloat16.
     """
-    base = TINY if quick else replace(PAPER, steps=6, terms=4, fused=False)
+    base = replace(TINY if quick else replace(PAPER, steps=6, terms=4, fused=False), device=device)
     rows = []
     for side in (5,) if quick else (3, 9, 15):
         size = replace(base, kernel_size=side)
         pair = Pair.of(size)
 
         def low(pair: Pair = pair) -> Any:
-            with torch.autocast("cpu", dtype=torch.bfloat16):
+            with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
                 return pair.ours()
 
         exact = {at: gradient.clone() for at, gradient in pair.ours()[1].items()}
@@ -128,12 +128,13 @@ def precision(*, quick: bool) -> Numbers:
     return {"size": asdict(base), "rows": rows}
 
 
-def scaling(*, quick: bool) -> Numbers:
+def scaling(*, quick: bool, device: str) -> Numbers:
     """Seconds against batch, image side and channels, and the exponent of each, ``seconds ∝ value^exponent``.
 
     The cell is not fused: every size would compile anew.
     """
     base = replace(TINY, batch=1, steps=3, terms=2) if quick else Size(batch=1, image=75, steps=6, terms=4, fused=False)
+    base = replace(base, device=device)
     grids: dict[str, Sequence[int]] = {
         "batch": (1, 2) if quick else (1, 2, 4, 8),
         "image": (16, 24) if quick else (48, 75, 100, 150, 200),

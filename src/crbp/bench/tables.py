@@ -162,6 +162,27 @@ def roofline(numbers: Numbers) -> Table:
     return table
 
 
+def convolutions(numbers: Numbers) -> Table:
+    """Ways to convolve side by side."""
+    names = list(numbers["rows"][0]["seconds"])
+    rows = []
+    for row in numbers["rows"]:
+        size, seconds = row["size"], row["seconds"]
+        what = f"{size['batch']}×{size['channels']}×{size['image']}², {size['kernel_size']}×{size['kernel_size']}"
+        rows.append([what, *(f"{1e3 * seconds[n]['median']:.3g} ({seconds[n]['error']:.0e})" for n in names)])
+    return _table("A convolution and its gradient in the image, ms (error of the result)", ("", *names), rows)
+
+
+def rollout(numbers: Numbers) -> Table:
+    """Ways to run a cell side by side."""
+    rows = [
+        [name, _spread(found, " s"), f"{found['first_seconds']:.3g} s", f"{found['difference']:.1e}"]
+        for name, found in numbers["seconds"].items()
+    ]
+    title = f"{numbers['size']['steps']} steps without a graph"
+    return _table(title, ("", "seconds", "the first time", "differs by"), rows)
+
+
 TABLES: dict[str, Callable[[Numbers], Table]] = {
     "step": step,
     "compiling": compiling,
@@ -173,4 +194,6 @@ TABLES: dict[str, Callable[[Numbers], Table]] = {
     "scaling": scaling,
     "roofline": roofline,
     "images": images,
+    "convolutions": convolutions,
+    "rollout": rollout,
 }
