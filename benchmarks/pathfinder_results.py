@@ -232,8 +232,8 @@ def write(out: Path) -> None:
     print(f"{len(rows)} rows in {out}")
 
 
-def costs(file: Path) -> list[dict[str, str]]:
-    """The lines of `pathfinder_cost.py`; none where it was not run."""
+def csv_lines(file: Path) -> list[dict[str, str]]:
+    """The lines of a file of `pathfinder_cost.py` or `tuning.py`; none where it was not run."""
     return list(csv.DictReader(file.read_text().splitlines())) if file.exists() else []
 
 
@@ -248,8 +248,9 @@ def tables(out: Path) -> dict[str, str]:
         "late": measures_of(late, digits=4),
         "settled": settled(rows, json.loads(many.read_text()) if many.exists() else []),
         "elsewhere": generalisation(lines),
-        "time": step_times(costs(out / "small_cost.csv")),
-        "paper": paper(costs(out / "paper_cost.csv")),
+        "tuning": tuning(rows, csv_lines(out / "tuning.csv")),
+        "time": step_times(csv_lines(out / "small_cost.csv")),
+        "paper": paper(csv_lines(out / "paper_cost.csv")),
     }
 
 
@@ -310,6 +311,25 @@ def settled(lines: Iterable[Line], found: Iterable[Mapping[str, Any]]) -> str:
         ]
         body.append([title, *(", ".join(cell) for cell in cells)])
     return markdown(head, body)
+
+
+def tuning(lines: Iterable[Line], tried: Sequence[Mapping[str, str]]) -> str:
+    """F1 at N and at 4N with each set of settings, the one of the row's configuration first; the best at N in bold."""
+    of = {line["row"]: line for line in lines}
+    body = []
+    for row in dict.fromkeys(each["row"] for each in tried):
+        own = {"set": "as configured", **{key: f"{of[row].get(key, '')}" for key in ("f1_at_n", "f1_at_4n")}}
+        sets = [own, *(each for each in tried if each["row"] == row)]
+        best = max(float(each["f1_at_n"]) for each in sets)
+        cells = []
+        for each in sets:
+            at = [_share(float(each[key])) for key in ("f1_at_n", "f1_at_4n") if each[key]]
+            first = f"**{at[0]}**" if float(each["f1_at_n"]) == best else at[0]
+            cells.append(f"{each['set']}: {' / '.join([first, *at[1:]])}")
+        body.append((f"`{row}`", *cells))
+    most = max((len(cells) for cells in body), default=1)
+    head = ("row", *(f"set {number}" for number in range(1, most)))
+    return markdown(head, [(*cells, *[""] * (most - len(cells))) for cells in body])
 
 
 def paper(cost: Iterable[Mapping[str, str]]) -> str:

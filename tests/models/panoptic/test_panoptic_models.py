@@ -73,6 +73,16 @@ def test_the_scales_of_the_cells_norms_start_where_they_are_told():
             assert torch.equal(norm.weight, torch.full_like(norm.weight, scale))
 
 
+def test_the_gates_of_the_cell_span_what_they_are_told():
+    evolve = crbp.Evolve(steps=40, gradient=crbp.RBP())
+    for given, least, most in (({}, 20, 39), ({"horizon": 5}, 2, 4)):
+        bias = _rfpn(evolve=evolve, **given).mask_head.cell.attention_bias.detach()
+        assert least < bias.max().exp() <= most * (1 + 1e-6)
+        assert bias.min() >= 0
+    with pytest.raises(ValueError, match=r"horizon.*2"):
+        _rfpn(horizon=2)
+
+
 @pytest.mark.parametrize("make", [_fpn, lambda: _rfpn(penalty=Penalty())], ids=["fpn", "rfpn"])
 def test_images_without_objects_train_on(make):
     """Every parameter gets a gradient, of zero where nothing was to be learnt, for which other processes may wait."""

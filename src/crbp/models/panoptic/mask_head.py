@@ -66,6 +66,7 @@ class RecurrentMaskHead(MaskHead):
         tolerance: in evaluation, freeze an instance once the relative residual ``‖h_t − h_{t−1}‖ / ‖h_t‖`` of its own
             state is at most this; None runs all of them as ``evolve`` says.
         norm_scale: start of the scales of the cell's group norms.
+        horizon: longest time constant in steps that its gates start with, at least 3; None for the number of steps.
 
     Raises:
         ValueError: for values out of range.
@@ -74,12 +75,20 @@ class RecurrentMaskHead(MaskHead):
     """
 
     def __init__(
-        self, channels: int, evolve: Evolve, *, tolerance: float | None = None, norm_scale: float = 0.1
+        self,
+        channels: int,
+        evolve: Evolve,
+        *,
+        tolerance: float | None = None,
+        norm_scale: float = 0.1,
+        horizon: int | None = None,
     ) -> None:
         super().__init__()
         if tolerance is not None:
             non_negative("tolerance", tolerance)
-        self.cell = GALAHGRU(channels, horizon=max(evolve.steps, 3), norm_scale=norm_scale)
+        if horizon is None:
+            horizon = max(evolve.steps, 3)
+        self.cell = GALAHGRU(channels, horizon=horizon, norm_scale=norm_scale)
         self.output_norm = nn.BatchNorm2d(channels)
         self.evolve, self.tolerance = evolve, tolerance
 

@@ -210,6 +210,8 @@ class RFPN(PanopticFPN):
         tolerance: in evaluation an instance stops once its state moves by no more than this share; None runs all steps.
         norm_scale: start of the scales of the cell's two group norms. The published 0.1 holds a small model back that
             is trained for a short time; with 1 it learns sooner.
+        horizon: longest time constant in steps that the cell's gates start with, at least 3; None, as published, for
+            the number of steps. Fewer let the state arrive before the last of them.
 
     Raises:
         ValueError: for values out of range, or a mask head of other channels than the pyramid.
@@ -225,6 +227,7 @@ class RFPN(PanopticFPN):
         penalty: Callable[[Run], Any] | None = None,  # jsonargparse would make what a class named here says
         tolerance: float | None = None,
         norm_scale: float = 0.1,
+        horizon: int | None = None,
         things: int = 80,
         stuff: int = 53,
         pixels: PixelSettings = PixelSettings(),
@@ -252,7 +255,9 @@ class RFPN(PanopticFPN):
             semantic=semantic,
             merge=merge,
         )
-        self.roi_heads.mask_head = RecurrentMaskHead(masks.channels, evolve, tolerance=tolerance, norm_scale=norm_scale)
+        self.roi_heads.mask_head = RecurrentMaskHead(
+            masks.channels, evolve, tolerance=tolerance, norm_scale=norm_scale, horizon=horizon
+        )
         self.penalty = penalty
         self.report: Report | None = None
 
