@@ -14,7 +14,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ LONG = 30  # steps, beyond all that are trained for
 MOVED = 0.1  # standard deviation of the corners of boxes trained in, in sides of the box
 LEAST = 4.0  # pixels: sides of boxes trained in
 PENALTY = LipschitzPenalty(weight=0.001, bound=0.95, reduction="sum_square")  # as in configs/panoptic/shapes_*
+WEAKER = replace(PENALTY, weight=0.0001)
 
 
 class Convolutions(MaskRCNNHeads, MaskHead):
@@ -62,27 +63,45 @@ class Convolutions(MaskRCNNHeads, MaskHead):
         return MaskFeatures(MaskRCNNHeads.forward(self, pooled))
 
 
-def recurrent(steps: int, gradient: crbp.GradientMethod, norm_scale: float = 0.1) -> RecurrentMaskHead:
-    """The head of R-FPN."""
-    return RecurrentMaskHead(CHANNELS, crbp.Evolve(steps=steps, gradient=gradient), norm_scale=norm_scale)
+@dataclass(frozen=True)
+class Trial:
+    """A head, and what is added to its loss for the last step of its run."""
+
+    build: Callable[[], MaskHead]
+    penalty: LipschitzPenalty | None = None
 
 
-def rbp() -> crbp.RBP:
-    """The gradient of `configs/panoptic/shapes_rfpn_crbp10.yaml`."""
-    return crbp.RBP(crbp.Neumann(terms=15, tolerance=0.01), on_divergence="fallback")
+def convolutions(depth: int) -> Trial:
+    """So many of them."""
+    return Trial(lambda: Convolutions(depth))
 
 
-HEADS: dict[str, Callable[[], MaskHead]] = {
-    "no convolution": lambda: Convolutions(0),
-    "1 convolution": lambda: Convolutions(1),
-    "2 convolutions": lambda: Convolutions(2),
-    "4 convolutions (Panoptic FPN)": lambda: Convolutions(4),
-    "8 convolutions": lambda: Convolutions(8),
-    "R-FPN, BPTT, 1 step": lambda: recurrent(1, crbp.BPTT()),
-    "R-FPN, BPTT, 3 steps": lambda: recurrent(3, crbp.BPTT()),
-    "R-FPN, BPTT, 3 steps, scales start at 1": lambda: recurrent(3, crbp.BPTT(), norm_scale=1.0),
-    "R-FPN, C-RBP, 10 steps": lambda: recurrent(10, rbp()),
-    "R-FPN, C-RBP, 10 steps, scales start at 1": lambda: recurrent(10, rbp(), norm_scale=1.0),
+def bptt(steps: int, **settings: Any) -> Trial:
+    """The head of R-FPN trained by BPTT."""
+    return Trial(lambda: RecurrentMaskHead(CHANNELS, crbp.Evolve(steps=steps, gradient=crbp.BPTT()), **settings))
+
+
+def c_rbp(steps: int, penalty: LipschitzPenalty = PENALTY, **settings: Any) -> Trial:
+    """The same by C-RBP, as in `configs/panoptic/shapes_rfpn_crbp10.yaml`."""
+    gradient = crbp.RBP(crbp.Neumann(terms=15, tolerance=0.01), on_divergence="fallback")
+    return Trial(lambda: RecurrentMaskHead(CHANNELS, crbp.Evolve(steps=steps, gradient=gradient), **settings), penalty)
+
+
+HEADS = {
+    "no convolution": convolutions(0),
+    "1 convolution": convolutions(1),
+    "2 convolutions": convolutions(2),
+    "4 convolutions (Panoptic FPN)": convolutions(4),
+    "8 convolutions": convolutions(8),
+    "R-FPN, BPTT, 1 step": bptt(1),
+    "R-FPN, BPTT, 3 steps": bptt(3),
+    "R-FPN, BPTT, 3 steps, scales start at 1": bptt(3, norm_scale=1.0),
+    "R-FPN, C-RBP, 10 steps": c_rbp(10),
+    "R-FPN, C-RBP, 10 steps, scales start at 1": c_rbp(10, norm_scale=1.0),
+    "R-FPN, C-RBP, 5 steps, scales start at 1, gates of 3": c_rbp(5, norm_scale=1.0, horizon=3),
+    "R-FPN, C-RBP, 5 steps, scales start at 1, gates of 3, a tenth of the penalty": c_rbp(
+        5, WEAKER, norm_scale=1.0, horizon=3
+    ),
 }
 
 
@@ -124,10 +143,10 @@ def crops(net: PanopticFPN, split: str) -> Crops:
     return Crops(pooled, masks, labels)
 
 
-def train(build: Callable[[], MaskHead], seen: Crops, updates: int, seed: int) -> tuple[MaskHead, MaskPredictor, float]:
+def train(trial: Trial, seen: Crops, updates: int, seed: int) -> tuple[MaskHead, MaskPredictor, float]:
     """Train one head and its predictor; the mean loss of the last tenth of the updates comes with them."""
     torch.manual_seed(seed)
-    head, predictor = build(), MaskPredictor(CHANNELS, THINGS)
+    head, predictor = trial.build(), MaskPredictor(CHANNELS, THINGS)
     parameters = [*head.parameters(), *predictor.parameters()]
     optimizer = torch.optim.AdamW(parameters, RATE)
     rate = torch.optim.lr_scheduler.LambdaLR(
@@ -139,8 +158,8 @@ def train(build: Callable[[], MaskHead], seen: Crops, updates: int, seed: int) -
         batch = seen[torch.randint(len(seen), (BATCH,), generator=generator)]
         features, run, _ = head(batch.pooled)
         loss = total = mask_loss(predictor(features), batch.labels, batch.masks)
-        if isinstance(head, RecurrentMaskHead) and isinstance(head.evolve.gradient, crbp.RBP):
-            total = loss + PENALTY.weight * PENALTY(run)
+        if trial.penalty is not None:
+            total = loss + trial.penalty.weight * trial.penalty(run)
         optimizer.zero_grad()
         total.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 5.0)
