@@ -3,8 +3,10 @@
     python benchmarks/pathfinder_cost.py 'pf*' --batch 1 --out results/pathfinder/paper_cost.csv
 
 Every step is that of the row's own configuration and images at their full size; only the number of images in a batch
-is another, and in what is timed numbers of steps are not drawn: all are of N. The arithmetic is counted, not timed:
-that of the convolutions, done directly, on an image of 16×16, and it grows with the pixels; where a row draws its
+is another, and in what is timed numbers of steps are not drawn: all are of N. `saved_mib_per_image` is counted in these
+steps; it contains the spectra of kernels, which all images of a batch share, and which there are not where convolutions
+are done directly, as on a GPU: `direct_mib_per_image` is counted so, on an image of 16×16, and grows with the pixels.
+So does the arithmetic, which is counted, not timed: that of the convolutions, done directly; where a row draws its
 numbers of steps it is the mean over its training. `gpu_hours` is no measurement: it is the arithmetic of the whole run
 at the rate of ``--gpu-tflops``.
 """
@@ -25,6 +27,7 @@ import torch
 import yaml
 from _runs import rows
 from pathfinder import CONFIGS
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -36,8 +39,8 @@ from crbp.tasks.weights import build
 
 COUNTED = 16  # side of the image on which the arithmetic is counted
 COLUMNS = (
-    "row", "steps", "images", "batch", "seconds_per_image", "saved_mib_per_image", "gflop_per_image", "gpu_hours",
-    "threads", "torch", "processor", "commit",
+    "row", "steps", "images", "batch", "seconds_per_image", "saved_mib_per_image", "direct_mib_per_image",
+    "gflop_per_image", "gpu_hours", "threads", "torch", "processor", "commit",
 )  # fmt: skip
 
 
@@ -104,7 +107,9 @@ def measure(name: str, *, batch: int, steps: int, gpu_tflops: float) -> dict[str
     )  # fmt: skip
     trainer.fit(task, data)
     size = next(iter(data.train_dataloader()))["image"].shape[-1]
-    flop = arithmetic(build(ContourTask, config["model"], f"the model of {name}")) * (size / COUNTED) ** 2
+    plain = direct(build(ContourTask, config["model"], f"the model of {name}"))
+    larger = (size / COUNTED) ** 2
+    flop = arithmetic(plain) * larger
     evolve = getattr(task.net, "evolve", None)
     return {
         "row": name,
@@ -113,9 +118,30 @@ def measure(name: str, *, batch: int, steps: int, gpu_tflops: float) -> dict[str
         "batch": batch,
         "seconds_per_image": f"{min(cost.seconds[1:-1]) / batch:.3g}",  # the first one compiles and fills the caches
         "saved_mib_per_image": f"{cost.bytes / batch / 2**20:.4g}",
+        "direct_mib_per_image": f"{kept(plain) * larger / 2**20:.4g}",
         "gflop_per_image": f"{flop / 1e9:.4g}",
         "gpu_hours": f"{flop * images / (gpu_tflops * 1e12) / 3600:.3g}",
     }
+
+
+def direct(task: ContourTask) -> ContourTask:
+    """The task with plain PyTorch inside: convolutions by the direct method, nothing fused."""
+    for module in task.net.modules():
+        if hasattr(module, "method"):
+            module.method = "direct"
+        if hasattr(module, "fused"):
+            module.fused = False
+    return task
+
+
+def kept(task: ContourTask) -> int:
+    """Bytes that autograd saves for an image of 16×16 in a training step of N steps."""
+    image, mask = _counted_on()
+    known = [*task.net.parameters(), image, mask]
+    with crbp.activation_memory(exclude=known) as memory:
+        loss = _loss(task, image, mask)
+    del loss
+    return memory.bytes
 
 
 def arithmetic(task: ContourTask) -> float:
@@ -124,18 +150,12 @@ def arithmetic(task: ContourTask) -> float:
     All penalties of the task are counted. Every step of recurrence costs the same, so that of the steps that are drawn
     only their mean matters.
     """
-    for module in task.net.modules():
-        if hasattr(module, "method"):
-            module.method = "direct"
-        if hasattr(module, "fused"):
-            module.fused = False
-    asked = {"every_step": True} if task.supervision == "all" else {}
-    at_n = _counted(task, **asked)
+    at_n = _counted(task)
     if not task.step_jitter:
         return at_n
     evolve = task.net.evolve
     assert isinstance(evolve, crbp.Evolve)  # the task has seen that
-    return at_n + drawn(task.step_jitter) * (_counted(task, **asked, steps=evolve.steps + 1) - at_n)
+    return at_n + drawn(task.step_jitter) * (_counted(task, steps=evolve.steps + 1) - at_n)
 
 
 def drawn(step_jitter: int) -> float:
@@ -148,19 +168,28 @@ def drawn(step_jitter: int) -> float:
     return (sum(means) - means[-1] / 2) / step_jitter
 
 
+def _counted_on() -> tuple[Tensor, Tensor]:
+    return torch.rand(1, 1, COUNTED, COUNTED), torch.zeros(1, COUNTED, COUNTED, dtype=torch.bool)
+
+
 def _counted(task: ContourTask, **asked: Any) -> float:
-    image, mask = torch.rand(1, 1, COUNTED, COUNTED), torch.zeros(1, COUNTED, COUNTED, dtype=torch.bool)
     with Arithmetic() as counted:
-        prediction = task.net(image, **asked)
-        loss = focal_loss(prediction.logits, mask)
-        if task.penalty is not None:
-            loss = loss + task.penalty(prediction.run)
-        if task.residual_weight:
-            loss = loss + crbp.residual_penalty(prediction.run)
-        if task.spectral_weight:
-            loss = loss + crbp.spectral_penalty(prediction.run)
-        loss.backward()
+        _loss(task, *_counted_on(), **asked).backward()
     return counted.flop
+
+
+def _loss(task: ContourTask, image: Tensor, mask: Tensor, **asked: Any) -> Tensor:
+    if task.supervision == "all":
+        asked["every_step"] = True
+    prediction = task.net(image, **asked)
+    loss = focal_loss(prediction.logits, mask)
+    if task.penalty is not None:
+        loss = loss + task.penalty(prediction.run)
+    if task.residual_weight:
+        loss = loss + crbp.residual_penalty(prediction.run)
+    if task.spectral_weight:
+        loss = loss + crbp.spectral_penalty(prediction.run)
+    return loss
 
 
 def main() -> None:

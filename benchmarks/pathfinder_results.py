@@ -65,8 +65,8 @@ VARIANTS = {
 BATCH = 128  # images of the paper's training step
 COLUMNS = (
     "row", "task", "cell", "method", "variant", "kernel", "steps", "parameters", "images", "seconds", "saved_mib",
-    "f1_at_n", "f1_at_4n", "f1_best", "f1_best_at", "residual_at_4n", "stable_share", "ks_statistic", "moved",
-    "images_to_f1_0.9", "batch", "seed", "commit", "processor",
+    "shared_mib", "f1_at_n", "f1_at_4n", "f1_best", "f1_best_at", "residual_at_4n", "stable_share", "ks_statistic",
+    "moved", "images_to_f1_0.9", "batch", "seed", "commit", "processor",
 )  # fmt: skip
 TAGS = ("val/f1", "val/residual", "val/spectral_radius", "val/spectral_radius_converged", "val/penalty")
 Line = dict[str, Any]
@@ -129,7 +129,7 @@ def line_of(run: Path) -> Line:
     assert isinstance(loaded, PathfinderNet)
     found = analysis(run)
     line |= {
-        "saved_mib": saved(weights, task) / 2**20,
+        **_saved_mib(weights, task),
         "f1_at_n": found["f1_at_n"],
         "f1_at_4n": found["f1_at_end"],
         "f1_best": found["f1_best"],
@@ -148,19 +148,33 @@ def analysis(run: Path) -> dict[str, Any]:
     return found
 
 
-def saved(weights: Path, task: str) -> int:
-    """Bytes that autograd saves for one training image of N steps, all penalties of the row counted, unfused."""
+def saved(weights: Path, task: str) -> tuple[int, int]:
+    """Bytes that autograd saves for each training image of N steps, and those that all images of a batch share.
+
+    All penalties of the row are counted, unfused. What is shared are spectra of the kernels.
+    """
     net, origin = load(weights, trust=("crbp",))
     net, penalty = unfused(net), penalty_of(weights, origin, trust=("crbp",))
     size = PathfinderConfig.preset(task).image_size
-    image = torch.zeros(1, 1, size, size)
     every_step = origin.run["model"]["init_args"].get("supervision") == "all"
-    with warnings.catch_warnings(), activation_memory(exclude=[*net.parameters(), image]) as memory:
-        warnings.simplefilter("ignore", DivergenceWarning)
-        prediction = net(image, every_step=every_step)
-        if penalty is not None:
-            penalty(prediction.run)
-    return memory.bytes
+
+    def of(images: int) -> int:
+        image = torch.zeros(images, 1, size, size)
+        with warnings.catch_warnings(), activation_memory(exclude=[*net.parameters(), image]) as memory:
+            warnings.simplefilter("ignore", DivergenceWarning)
+            prediction = net(image, every_step=every_step)
+            if penalty is not None:
+                penalty(prediction.run)
+        return memory.bytes
+
+    # Of two, four and not one: the transform of an odd number of images is of one more.
+    two, four = of(2), of(4)
+    return (four - two) // 2, 2 * two - four
+
+
+def _saved_mib(weights: Path, task: str) -> Line:
+    each, shared = saved(weights, task)
+    return {"saved_mib": each / 2**20, "shared_mib": shared / 2**20}
 
 
 def curve(run: Path, tag: str) -> Curve:
@@ -199,7 +213,7 @@ def recount(out: Path) -> None:
     for file in sorted((out / "rows").glob("*.json")):
         row = json.loads(file.read_text())
         if (line := row["line"])["cell"]:
-            line["saved_mib"] = saved(out / "weights" / f"{file.stem}.safetensors", line["task"]) / 2**20
+            line |= _saved_mib(out / "weights" / f"{file.stem}.safetensors", line["task"])
             _write_row(file, row)
 
 
@@ -337,7 +351,7 @@ def paper(cost: Iterable[Mapping[str, str]]) -> str:
     head = ("row", "N", "s an image", "MiB an image", f"GiB at {BATCH} images", "GFLOP an image", "projected hours")
     body = []
     for line in sorted(cost, key=lambda line: (len(line["row"].split("_")[0]), line["row"])):  # pf9 before pf14
-        saved = float(line["saved_mib_per_image"])
+        saved = float(line["direct_mib_per_image"])
         memory = f"{saved:.0f}", f"{saved * BATCH / 1024:.1f}"
         arithmetic = f"{float(line['gflop_per_image']):.0f}", line["gpu_hours"]
         body.append((f"`{line['row']}`", line["steps"], line["seconds_per_image"], *memory, *arithmetic))
@@ -488,7 +502,7 @@ def _legend(figure: Figure, colours: Mapping[str, str]) -> None:
     if not colours:
         return
     handles = [Line2D([], [], color=colour, label=name) for name, colour in colours.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=8)
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 4), frameon=False, fontsize=8)
 
 
 def main() -> None:

@@ -54,14 +54,15 @@ def network(method: str, solver: Mapping[str, Any] | None = None, **settings: An
     return thing("models.RFPN", **settings, **recurrence(method, **(solver or {})))
 
 
-def coco(method: str, depth: int, times: int) -> dict[str, Any]:
+def coco(method: str, depth: int, times: int, *, weights: str | None = "imagenet") -> dict[str, Any]:
     """A run on COCO: the published schedule, or detectron2's that is three times as long."""
-    net = network(
-        method,
-        depth=depth,
-        pixels={"order": "rgb", "mean": [123.675, 116.28, 103.53], "std": [58.395, 57.12, 57.375]},
-        backbone={"stride_in_1x1": False},
-    )
+    start: dict[str, Any] = {}  # pixels and stride of detectron2's
+    if weights == "imagenet":
+        start = {
+            "pixels": {"order": "rgb", "mean": [123.675, 116.28, 103.53], "std": [58.395, 57.12, 57.375]},
+            "backbone": {"stride_in_1x1": False},
+        }
+    net = network(method, depth=depth, **start)
     falls = {"milestones": LATER} if times == 3 else {}
     return {
         "seed_everything": 0,
@@ -73,7 +74,7 @@ def coco(method: str, depth: int, times: int) -> dict[str, Any]:
             "inference_mode": True,
             "check_val_every_n_epoch": times,
         },
-        "model": thing("tasks.PanopticTask", net=net, weights="imagenet", **falls),
+        "model": thing("tasks.PanopticTask", net=net, weights=weights, **falls),
         "data": thing("tasks.PanopticData", source=thing("tasks.Coco", root="data/coco"), batch_size=2),
     }
 
@@ -158,6 +159,10 @@ def rows() -> Iterator[tuple[str, str, dict[str, Any]]]:
     for method in ("fpn", "crbp20"):
         name = "fpn_r101_3x" if method == "fpn" else f"rfpn_r101_{method}_3x"
         yield name, f"COCO, ResNet-101, {named(method)}, 3× schedule", coco(method, 101, 3)
+    for method in ("fpn", "crbp20"):
+        name = "fpn" if method == "fpn" else f"rfpn_{method}"
+        what = f"COCO, ResNet-50, {named(method)}, as detectron2's weights need it: its pixels, its place of the stride"
+        yield f"{name}_r50_detectron2", what, coco(method, 50, 1, weights=None)
     shapes = "Coloured shapes of 128 pixels, narrow ResNet-18"
     yield START, f"{shapes}: what the rows shapes_* start from", small("fpn", 128, START_STEPS, narrow=True)
     for method in COMPARED:
@@ -174,6 +179,11 @@ def comments(name: str, title: str) -> Iterator[str]:
         yield f"Published PQ (Linsley et al., NeurIPS 2020; not at equal images): {PUBLISHED[name]}."
     if name.startswith("shapes_"):
         yield f"It starts from the weights of {START}.yaml, which is to be run before it."
+    if name.endswith("_detectron2"):
+        yield "Measure a checkpoint of detectron2's, or of the released R-FPN, with it:"
+        yield f"crbp test --config configs/panoptic/{name}.yaml --model.weights FILE --data.source.root FOLDER_OF_COCO"
+        yield "Written by configs/make_panoptic.py, where all rows stand side by side: change it there."
+        return
     root = "" if name.startswith(("mini_", "shapes_", START)) else " --data.source.root FOLDER_OF_COCO"
     yield f"Run it with: crbp fit --config configs/panoptic/{name}.yaml{root}"
     yield "Written by configs/make_panoptic.py, where all rows stand side by side: change it there."

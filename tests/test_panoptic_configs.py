@@ -17,7 +17,9 @@ from jsonargparse import ArgumentError, ArgumentParser
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
+from crbp.models import RFPN, PanopticFPN
 from crbp.models.panoptic import PixelSettings, checkpoints, load_weights, mini_settings
+from crbp.models.panoptic._names import detectron2_name
 from crbp.tasks import PanopticData, PanopticTask
 
 FILES = sorted((Path(__file__).parents[1] / "configs" / "panoptic").glob("*.yaml"))
@@ -78,11 +80,24 @@ def test_trained_parameters_are_those_published(name: str) -> None:
     assert sum(p.numel() for p in net.parameters() if p.requires_grad) == TRAINED[name]
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if not path.stem.endswith("x")], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [path for path in FILES if not path.stem.endswith(("x", "_detectron2"))], ids=lambda path: path.stem
+)
 def test_small_rows_have_the_classes_of_their_data(path: Path) -> None:
     made = build(path.stem)
     net, categories = made.model.net, made.data.categories
     assert (net.things, net.stuff) == (len(categories.things), len(categories.stuff))
+
+
+@pytest.mark.parametrize("name", ["fpn_r50_detectron2", "rfpn_crbp20_r50_detectron2"])
+def test_rows_for_detectron2_take_what_it_publishes(name: str, recwarn: pytest.WarningsRecorder) -> None:
+    net = parser().parse_object(content(name)).model.init_args.net
+    with torch.device("meta"):
+        model = {"PanopticFPN": PanopticFPN, "RFPN": RFPN}[net.class_path.rpartition(".")[2]](depth=50)
+    given = {"depth": 50} | {key: net.init_args[key] for key in ("evolve", "penalty") if key in net.init_args}
+    assert {**content(name)["model"]["init_args"]["net"]["init_args"]}.keys() == given.keys()  # all else by default
+    load_weights(model, {detectron2_name(each): torch.empty_like(value) for each, value in model.state_dict().items()})
+    assert not recwarn.list
 
 
 def test_rows_on_shapes_differ_from_what_they_start_from_in_their_masks_alone() -> None:

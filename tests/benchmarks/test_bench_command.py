@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from crbp.bench import command, measure, tables
+from crbp.bench import command, devices, measure, tables
 from crbp.bench.measure import Pair, Size, in_turns, spread
 from crbp.bench.speed import convolutions, exponent
 from crbp.cli import main
 from crbp.errors import CrbpError
+from crbp.ops import convolution
 
 
 @pytest.fixture(scope="module")
@@ -103,8 +104,8 @@ def test_the_other_parts(tmp_path):
     assert least["fft"] > 0
     assert least["elementwise"] > 0
     assert all(seconds > 0 for seconds in parts["roofline"]["measured_seconds"].values())
-    ways = parts["rollout"]["seconds"]
-    assert all(0 < found["median"] < found["first_seconds"] for found in ways.values())
+    ways = parts["rollout"]["rows"][0]["seconds"]
+    assert all(0 < ways[name]["median"] < ways[name]["first_seconds"] for name in ("fused", "compiled"))
     assert all(found["difference"] < 1e-5 for found in ways.values())
     assert ways["compiled"]["difference"] > 0  # else it would hardly have been compiled
 
@@ -119,10 +120,18 @@ def test_ways_to_convolve_come_to_the_same(tmp_path):
     assert row["seconds"]["direct, bfloat16"]["error"] > 1e-4
 
 
+def test_the_spectrum_of_a_kernel_is_there_when_a_convolution_is_timed(monkeypatch):
+    transformed = []
+    transform = convolution.spectrum
+    monkeypatch.setattr(convolution, "spectrum", lambda *given: transformed.append(given) or transform(*given))
+    devices.convolutions(quick=True, device="cpu")
+    assert len(transformed) == 1
+
+
 def test_each_part_has_a_table_and_those_of_any_device_take_it():
     assert set(tables.TABLES) == {*command.ANYWHERE, *command.ON_CPU}
     with pytest.raises(CrbpError, match="memory is for the CPU"):
-        command.main(["--device", "meta", "--only", "step", "memory"])
+        command.main(["--device", "cuda", "--only", "step", "memory"])
 
 
 def test_all_of_a_size_is_on_its_device():
@@ -134,7 +143,8 @@ def test_all_of_a_size_is_on_its_device():
     ("arguments", "named"),
     [
         (["--device", "gpu"], "--device gpu"),
-        (["--device", "xpu"], "--device xpu"),  # PyTorch's wheels are not built with it
+        (["--device", "meta"], "not meta"),
+        (["--device", "cuda:4711"], "cuda:4711 cannot be used here"),
         (["--threads", "0"], "0"),
         (["--threads", "x"], "x"),
         (["--only", "nothing"], "nothing"),

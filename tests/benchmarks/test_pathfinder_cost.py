@@ -56,6 +56,18 @@ def test_every_penalty_is_counted_and_nothing_without_weight(script: Any) -> Non
     assert counted(lipschitz=1, residual_weight=1.0) == counted(lipschitz=1)
 
 
+def test_what_is_kept_of_an_image_is_that_of_direct_convolutions_and_grows_with_its_pixels(
+    script: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = script.direct(task(4))
+    assert {module.method for module in made.net.modules() if hasattr(module, "method")} == {"direct"}
+    kept, state = script.kept(made), 4 * CHANNELS * script.COUNTED**2
+    more = script.kept(script.direct(task(5))) - kept
+    assert more % state == 0 or more > 10 * state  # nothing but states and statistics
+    monkeypatch.setattr(script, "COUNTED", 2 * script.COUNTED)
+    assert script.kept(made) == pytest.approx(4 * kept, rel=0.01)
+
+
 @pytest.mark.parametrize("step_jitter", [1, 3, 8])
 def test_steps_that_are_drawn_are_counted_as_often_as_the_task_draws_them(
     script: Any, step_jitter: int, monkeypatch: pytest.MonkeyPatch

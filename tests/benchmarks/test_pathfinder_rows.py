@@ -108,15 +108,29 @@ def test_memory_is_that_of_the_penalties_trained_with(results: Any, tmp_path: Pa
 
     none = {"residual_weight": 0.0, "spectral_weight": 0.2}
     file = weights(tmp_path, "two", "crbp.RBP", penalty=lipschitz, **none)
-    net, image = load_net(file), torch.rand(1, 1, 32, 32)
+    net = load_net(file)
     assert isinstance(net, PathfinderNet)
     assert results.PathfinderConfig.preset("mini").image_size == 32
-    (wanted,) = memory_curve(net, image, gradient=crbp.RBP(), steps=(3,), penalty=sums)
-    assert results.saved(file, "mini") == wanted
-    (plain,) = memory_curve(net, image, gradient=crbp.RBP(), steps=(3,))
-    assert results.saved(weights(tmp_path, "rbp", "crbp.RBP", penalty=None), "mini") == plain < wanted
-    last = results.saved(weights(tmp_path, "last", "crbp.BPTT", supervision="last"), "mini")
-    assert results.saved(weights(tmp_path, "all", "crbp.BPTT", supervision="all"), "mini") > last
+
+    def wanted(images: int, **settings: Any) -> int:
+        (found,) = memory_curve(net, torch.rand(images, 1, 32, 32), gradient=crbp.RBP(), steps=(3,), **settings)
+        return found
+
+    each, shared = results.saved(file, "mini")
+    assert shared + 6 * each == pytest.approx(wanted(6, penalty=sums), rel=1e-3)
+    plain, of_plain = results.saved(weights(tmp_path, "rbp", "crbp.RBP", penalty=None), "mini")
+    assert of_plain + 6 * plain == pytest.approx(wanted(6), rel=1e-3)
+    assert plain < each
+    last, _ = results.saved(weights(tmp_path, "last", "crbp.BPTT", supervision="last"), "mini")
+    assert results.saved(weights(tmp_path, "all", "crbp.BPTT", supervision="all"), "mini")[0] > last
+
+
+def test_spectra_of_kernels_count_once_for_all_images(results: Any) -> None:
+    """The same network with kernels of two sizes: what is kept of an image is the same, and the spectra are not."""
+    kept = results.ROOT / "results" / "pathfinder" / "weights"
+    small, large = (results.saved(kept / f"small14_hgru_bptt{of}.safetensors", "small14") for of in ("_k3", ""))
+    assert small[0] == pytest.approx(large[0], rel=1e-3)
+    assert large[1] > 10 * small[1]
 
 
 def test_memory_is_counted_anew_and_nothing_else_changed(results: Any, tmp_path: Path) -> None:
@@ -130,7 +144,8 @@ def test_memory_is_counted_anew_and_nothing_else_changed(results: Any, tmp_path:
     file = weights(tmp_path / "weights", "small9_hgru_crbp", "crbp.RBP", penalty=None)
     results.recount(tmp_path)
     after = {name: json.loads((tmp_path / "rows" / f"{name}.json").read_text()) for name in before}
-    before["small9_hgru_crbp"]["line"]["saved_mib"] = float(f"{results.saved(file, 'mini') / 2**20:.5g}")
+    for name, counted in zip(("saved_mib", "shared_mib"), results.saved(file, "mini"), strict=True):
+        before["small9_hgru_crbp"]["line"][name] = float(f"{counted / 2**20:.5g}")
     assert after == before
 
 

@@ -66,12 +66,13 @@ def main(arguments: list[str]) -> None:
     folder, console = Path(options.out), Console()
     files = [folder / "bench.json", *([Path(options.json)] if options.json else [])]
     reserve(folder, files)
-    threads = torch.get_num_threads()
+    threads, tf32 = torch.get_num_threads(), torch.backends.cudnn.allow_tf32
     set_threads()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    torch.backends.cudnn.allow_tf32 = False  # float32 is float32 in both codes
     try:
-        numbers: Numbers = {"environment": environment(), "quick": options.quick, "parts": {}}
+        numbers: Numbers = {"environment": _environment(options.device), "quick": options.quick, "parts": {}}
         parts: dict[str, Part] = {name: partial(part, device=options.device) for name, part in ANYWHERE.items()}
         parts |= ON_CPU
         for name in _wanted(options):
@@ -86,6 +87,7 @@ def main(arguments: list[str]) -> None:
             console.print(tables.TABLES[name](found))
     finally:
         torch.set_num_threads(threads)
+        torch.backends.cudnn.allow_tf32 = tf32
     console.print(f"All numbers are in [bold]{files[-1]}[/].", soft_wrap=True)
 
 
@@ -100,7 +102,7 @@ def parser() -> argparse.ArgumentParser:
     names = [*ANYWHERE, *ON_CPU]
     made.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=f"of {', '.join(names)}")
     made.add_argument(
-        "--device", default="cpu", help=f"where to measure, such as cuda, which is for {', '.join(ANYWHERE)}"
+        "--device", default="cpu", help=f"where: cpu, or a GPU, on which there are {', '.join(ANYWHERE)} (default: cpu)"
     )
     made.add_argument("--threads", type=int, metavar="N", help="of the computation (default: the cores at hand)")
     return made
@@ -112,13 +114,22 @@ def _options(arguments: list[str]) -> argparse.Namespace:
         raise CrbpError(f"--threads must be at least 1, not {options.threads}")
     if options.device == "cpu":
         return options
-    try:
-        torch.empty(1, device=options.device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise CrbpError(f"--device {options.device} cannot be used here ({one_line(error)}); give cpu") from error
     if elsewhere := [name for name in options.only or () if name in ON_CPU]:
-        raise CrbpError(f"--only {' '.join(elsewhere)} is for the CPU; on others there are {', '.join(ANYWHERE)}")
+        raise CrbpError(f"--only {' '.join(elsewhere)} is for the CPU; on a GPU there are {', '.join(ANYWHERE)}")
+    try:
+        device = torch.device(options.device)
+        if device.type != "cuda":
+            raise CrbpError(f"--device must be cpu, cuda or cuda:N, not {options.device}")
+        torch.cuda.set_device(device.index or 0)  # which times are taken of
+    except (RuntimeError, AssertionError) as error:
+        raise CrbpError(f"--device {options.device} cannot be used here ({one_line(error)}); give cpu") from error
     return options
+
+
+def _environment(device: str) -> Numbers:
+    """What the numbers depend on, the device among it."""
+    name = torch.cuda.get_device_name() if device != "cpu" else None
+    return {**environment(), "device": device, "gpu": name}
 
 
 def _wanted(options: argparse.Namespace) -> list[str]:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from crbp.bench.measure import Numbers, in_turns, make_cell, relative, spread, timed
 from crbp.bench.speed import PAPER, TINY
 from crbp.ops import conv2d, shared_spectra
+from crbp.ops.convolution import Method
+
+Step = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +38,8 @@ QUICK = (Case(channels=4, kernel_size=5, image=12, batch=2),)
 def convolutions(*, quick: bool, device: str) -> Numbers:
     """A convolution and its gradient in the image, directly and by FFT, by layout and precision.
 
-    The spectrum of the kernel is there already, as in a run of many steps. ``error`` is that of the result, relative to
-    float64.
+    The kernel's spectrum is computed once, as in a run of many steps. ``error`` is that of the result, relative to
+    float64. Which algorithm cuDNN takes for the direct method on a GPU is its own choice.
     """
     return {"rows": [_convolution(case, device, repeats=2 if quick else 10) for case in (QUICK if quick else CASES)]}
 
@@ -47,17 +50,16 @@ def _convolution(case: Case, device: str, *, repeats: int) -> Numbers:
     image = torch.randn(case.batch, case.channels, side, side, generator=generator).to(device)
     weight = torch.randn(case.channels, case.channels, kernel, kernel, generator=generator).to(device) / kernel**2
     exact = conv2d(image.double(), weight.double(), method="direct")
-    ways: dict[str, tuple[Any, torch.dtype, torch.memory_format]] = {
-        "direct": ("direct", torch.float32, torch.contiguous_format),
-        "direct, channels last": ("direct", torch.float32, torch.channels_last),
-        "direct, bfloat16": ("direct", torch.bfloat16, torch.contiguous_format),
-        "direct, bfloat16, channels last": ("direct", torch.bfloat16, torch.channels_last),
-        "FFT": ("fft", torch.float32, torch.contiguous_format),
+    last, low = torch.channels_last, torch.bfloat16
+    jobs = {
+        "direct": _forward_and_back(image, weight, "direct"),
+        "direct, channels last": _forward_and_back(image, weight, "direct", layout=last),
+        "direct, bfloat16": _forward_and_back(image, weight, "direct", dtype=low),
+        "direct, bfloat16, channels last": _forward_and_back(image, weight, "direct", dtype=low, layout=last),
+        "FFT": _forward_and_back(image, weight, "fft"),
     }
-    jobs: dict[str, Callable[[], Tensor]] = {}
-    for name, (method, dtype, layout) in ways.items():
-        given = (each.to(dtype=dtype, memory_format=layout) for each in (image, weight))
-        jobs[name] = _forward_and_back(next(given).requires_grad_(), next(given), method)
+    if image.is_cuda:
+        jobs["direct, TF32, channels last"] = _in_tf32(_forward_and_back(image, weight, "direct", layout=last))
     with shared_spectra():
         errors = {name: relative(job().double(), exact) for name, job in jobs.items()}
         in_turns(jobs, 1)
@@ -66,51 +68,79 @@ def _convolution(case: Case, device: str, *, repeats: int) -> Numbers:
     return {"size": asdict(case), "seconds": found}
 
 
-def _forward_and_back(image: Tensor, weight: Tensor, method: Any) -> Callable[[], Tensor]:
+def _forward_and_back(
+    image: Tensor,
+    weight: Tensor,
+    method: Method,
+    *,
+    dtype: torch.dtype = torch.float32,
+    layout: torch.memory_format = torch.contiguous_format,
+) -> Callable[[], Tensor]:
+    given = image.detach().to(dtype=dtype, memory_format=layout).requires_grad_()
+    kernel = nn.Parameter(weight.to(dtype=dtype, memory_format=layout))  # of others no spectrum is shared
+
     def job() -> Tensor:
-        result = conv2d(image, weight, method=method)
-        torch.autograd.grad(result, image, result.detach())
+        result = conv2d(given, kernel, method=method)
+        torch.autograd.grad(result, given, result.detach())
         return result.detach()
 
     return job
+
+
+def _in_tf32(job: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    def lower() -> Tensor:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
+            return job()
+
+    return lower
 
 
 def rollout(*, quick: bool, device: str) -> Numbers:
     """N steps of a cell without a graph: eager, fused, and compiled whole, on a GPU into CUDA graphs.
 
     ``first_seconds`` are those of the first run, which compiles. Where the whole is compiled, convolutions are direct.
+    ``cuda_graphs_skipped`` counts what PyTorch would not make a CUDA graph of.
     """
     size = replace(TINY if quick else PAPER, device=device)
+    batches = (size.batch,) if torch.device(device).type == "cpu" else (size.batch, 32)
     torch.manual_seed(0)
     plain = make_cell(size.channels, size.kernel_size, fused=False).to(device)
     fused = make_cell(size.channels, size.kernel_size, fused=True).to(device)
     fused.load_state_dict(plain.state_dict())
-    drive = torch.rand(size.batch, size.channels, size.image, size.image).to(device)
-    cells: dict[str, Any] = {
-        "eager": plain,
-        "fused": fused,
-        "compiled": torch.compile(plain, mode="reduce-overhead", dynamic=False),
-    }
-    jobs = {name: _steps(cell, drive, size.steps) for name, cell in cells.items()}
-    first, ends = {}, {}
-    for name, job in jobs.items():
-        ends[name], first[name] = timed(job)
-    seconds = in_turns(jobs, 2 if quick else 10)
-    found = {
-        name: {**spread(values), "first_seconds": first[name], "difference": relative(ends[name], ends["eager"])}
-        for name, values in seconds.items()
-    }
-    return {"size": asdict(size), "seconds": found}
+    compiled = torch.compile(plain, mode="reduce-overhead", dynamic=False, fullgraph=True)
+    counters["inductor"].pop("cudagraph_skips", None)
+    rows = []
+    for batch in batches:
+        drive = torch.rand(batch, size.channels, size.image, size.image).to(device)
+        jobs = {
+            "eager": _steps(plain, drive, size.steps),
+            "fused": _steps(fused, drive, size.steps),
+            # The next replay of a CUDA graph writes over what the last one returned.
+            "compiled": _steps(lambda state, drive: compiled(state, drive).clone(), drive, size.steps),
+        }
+        first = {name: timed(job) for name, job in jobs.items()}
+        seconds = in_turns(jobs, 2 if quick else 10)
+        found = {
+            name: {
+                **spread(values),
+                "first_seconds": first[name][1],
+                "difference": relative(first[name][0], first["eager"][0]),
+            }
+            for name, values in seconds.items()
+        }
+        rows.append({"batch": batch, "seconds": found})
+    skipped = counters["inductor"]["cudagraph_skips"]
+    return {"size": asdict(size), "rows": rows, "cuda_graphs_skipped": skipped}
 
 
-def _steps(cell: Any, drive: Tensor, steps: int) -> Callable[[], Tensor]:
+def _steps(cell: Step, drive: Tensor, steps: int) -> Callable[[], Tensor]:
     @torch.no_grad()
     def job() -> Tensor:
         state = torch.zeros_like(drive)
         with shared_spectra():
             for _ in range(steps):
                 torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-                state = cell(state, drive).clone()  # the next replay of a CUDA graph writes over what it returned
+                state = cell(state, drive)
         return state
 
     return job

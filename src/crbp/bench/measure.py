@@ -232,7 +232,7 @@ def environment() -> Numbers:
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "instructions": _instructions(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
@@ -244,6 +244,12 @@ def _git(*arguments: str) -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout if arguments[0] == "status" else done.stdout.strip()
+
+
+def _instructions() -> str:
+    """The widest vectors that PyTorch uses on this processor, and whether it has matrix units."""
+    amx = Path("/proc/cpuinfo").exists() and " amx_tile" in Path("/proc/cpuinfo").read_text()
+    return torch.backends.cpu.get_cpu_capability() + (", AMX" if amx else "")
 
 
 def _processor() -> str:

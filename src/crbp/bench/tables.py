@@ -176,11 +176,15 @@ def convolutions(numbers: Numbers) -> Table:
 def rollout(numbers: Numbers) -> Table:
     """Ways to run a cell side by side."""
     rows = [
-        [name, _spread(found, " s"), f"{found['first_seconds']:.3g} s", f"{found['difference']:.1e}"]
-        for name, found in numbers["seconds"].items()
+        [f"{row['batch']}", name, _spread(found, " s"), f"{found['first_seconds']:.3g} s", f"{found['difference']:.1e}"]
+        for row in numbers["rows"]
+        for name, found in row["seconds"].items()
     ]
     title = f"{numbers['size']['steps']} steps without a graph"
-    return _table(title, ("", "seconds", "the first time", "differs by"), rows)
+    table = _table(title, ("images", "", "seconds", "the first time", "differs by"), rows)
+    if skipped := numbers["cuda_graphs_skipped"]:
+        table.caption = f"Of {skipped} compiled graphs PyTorch made no CUDA graph."
+    return table
 
 
 TABLES: dict[str, Callable[[Numbers], Table]] = {

@@ -126,7 +126,7 @@ class Fused:
         try:
             self._compiled[key] = _compiled(_traced(function, tensors), tensors)
             return self._compiled[key](*tensors)
-        except torch._dynamo.exc.BackendCompilerFailed as error:
+        except torch._dynamo.exc.TorchDynamoException as error:  # also where a GPU is too old, or Triton missing
             _Compiler.give_up(error)
             self._compiled[key] = function
             return function(*tensors)
@@ -258,7 +258,7 @@ class _Compiler:
         reason = str(error).strip().splitlines()[0]
         _warn(
             "fused operations cannot be compiled here and run as ordinary ones from now on, which is slower "
-            f"({reason}); a C++ compiler is needed, or fused=False"
+            f"({reason}); a C++ compiler is needed, on a GPU Triton, or fused=False"
         )
 
 

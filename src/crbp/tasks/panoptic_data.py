@@ -37,13 +37,13 @@ class PanopticBatch(NamedTuple):
         targets: of training, as `crbp.models.PanopticFPN` takes them; of images without labels ``image_id`` and
             ``size`` alone.
         truths: in validation and test the map and segments of each image before it was resized.
-        names: file names of the images to predict.
+        files: of the images to predict.
     """
 
     images: list[Tensor]
     targets: list[Any]
     truths: list[Truth] | None = None
-    names: list[str] | None = None
+    files: list[Path] | None = None
 
 
 class PanopticSource(ABC):
@@ -359,7 +359,7 @@ class Pictures(Dataset[PanopticBatch]):
         view = self.transform.view(picture.height, picture.width, epoch=0, index=index)
         image = torch.from_numpy(view_image(picture, view)).permute(2, 0, 1).contiguous()
         target = {"image_id": index + 1, "size": (picture.height, picture.width)}
-        return PanopticBatch([image], [target], names=[self.files[index].name])
+        return PanopticBatch([image], [target], files=[self.files[index]])
 
 
 class _Told(Dataset[PanopticBatch]):

@@ -14,7 +14,7 @@ from PIL import Image
 
 from crbp._files import write_whole
 from crbp.analysis.overlay import overlay
-from crbp.data.panoptic import Categories, png, rgb_from_ids
+from crbp.data.panoptic import Categories, png, read_image, rgb_from_ids
 from crbp.errors import SettingsError
 from crbp.models.panoptic import PanopticResult
 
@@ -55,14 +55,16 @@ class PanopticPredictionWriter(BasePredictionWriter):
     ) -> None:
         """Write one batch."""
         categories: Categories = pl_module.categories  # type: ignore[assignment]
-        numbers = [f"{target['image_id']:012d}" for target in batch.targets]
-        names = numbers if batch.names is None else [Path(name).stem for name in batch.names]
-        for name, result, image in zip(names, prediction, batch.images, strict=True):
-            height, width = result.panoptic.shape
-            shown = Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).resize(
-                (width, height), Image.Resampling.BILINEAR
-            )
-            self._write(name, result, shown, pl_module.segments(result), categories)  # type: ignore[operator]
+        files: Sequence[Path | None] = batch.files or [None] * len(batch.images)
+        for result, image, target, file in zip(prediction, batch.images, batch.targets, files, strict=True):
+            if file is None:
+                height, width = result.panoptic.shape
+                seen = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
+                picture = seen.resize((width, height), Image.Resampling.BILINEAR)
+                name = f"{target['image_id']:012d}"
+            else:
+                picture, name = read_image(file), file.stem  # what the network saw was resized
+            self._write(name, result, picture, pl_module.segments(result), categories)  # type: ignore[operator]
 
     def _write(
         self, name: str, result: PanopticResult, image: Image.Image, segments: list[dict[str, Any]], of: Categories

@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import re
+import warnings
 from collections import OrderedDict
 from pathlib import Path
 from urllib.error import URLError
@@ -51,6 +53,36 @@ def test_every_tensor_of_a_whole_model(kind):
         table[name] = table[name].view(-1, 1, 1)  # as the released model has it
     load_weights(model, table)
     _assert_loaded(model, table)
+
+
+def test_the_released_model_names_the_tensors_of_its_cell_twice():
+    model = _model(RFPN)
+    table = _theirs(model)
+    cell = "roi_heads.mask_head.recurrent."
+    twice = {name.replace(cell, "roi_heads.mask_head.mask_fcn_rnn."): table[name] for name in table if cell in name}
+    assert len(twice) == 17
+    load_weights(model, table | twice)
+    _assert_loaded(model, table)
+    load_weights(model, {name: value for name, value in table.items() if cell not in name} | twice)
+    _assert_loaded(model, table)
+    with pytest.raises(CheckpointError, match=r"mask_fcn_rnn\.alpha and .*recurrent\.alpha .* differ"):
+        load_weights(model, table | twice | {"roi_heads.mask_head.mask_fcn_rnn.alpha": table[f"{cell}alpha"] + 1})
+
+
+def test_what_a_checkpoint_does_not_say_is_said():
+    pixels = {"pixel_mean": torch.tensor(PixelSettings.torchvision().mean)}
+    for changes, stored, told in (
+        ({}, {}, None),
+        ({"pixels": PixelSettings.torchvision()}, {}, r"pixels=PixelSettings\(order='bgr'"),
+        ({"pixels": PixelSettings.torchvision()}, pixels, None),
+        ({"depth": 50, "backbone": BackboneSettings(channels=32, stride_in_1x1=False)}, {}, "stride_in_1x1=True"),
+    ):
+        model = _model(**changes) if stored else _empty(**changes)
+        table = {detectron2_name(name): torch.empty_like(value) for name, value in model.state_dict().items()}
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            load_weights(model, table | stored)
+        assert [bool(re.search(told, str(each.message))) for each in found] == ([True] if told else [])
 
 
 def test_names_of_detectron2():
@@ -283,6 +315,7 @@ def test_names_of_msra():
 def _msra(model: PanopticFPN) -> dict[str, np.ndarray]:
     """The ResNet's weights as MSRA names them, with the statistics merged into scale and shift."""
     table = {"fc1000_w": np.zeros((2, 2)), "fc1000_b": np.zeros(2), "conv1_w_momentum": np.zeros(1)}
+    table["conv1_b"] = np.zeros(64)
     for name, value in model.backbone.body.state_dict().items():
         if "running" in name:
             continue

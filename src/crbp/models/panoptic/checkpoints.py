@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,10 @@ def load_weights(
     such as `crbp.tasks.load_net` gives. An R-FPN starts from a Panoptic FPN
     ``without=["roi_heads.mask_head."]``, and a model for other classes without the predictors.
 
-    Every tensor is accounted for. What detectron2 stores beside the weights, anchors and the scaling of pixels, is
-    compared with the model's; the classifier of ImageNet is left out.
+    Every tensor is accounted for. What detectron2 stores beside the weights, anchors and, in its older versions, the
+    scaling of pixels, is compared with the model's. It does not store the place of the stride: where that, or pixels
+    that are not stored, differ from those of the models that it publishes, a warning says so. The classifier of
+    ImageNet is left out.
 
     Args:
         model: to be changed, on any device.
@@ -106,12 +109,34 @@ def _of_network(model: PanopticFPN, other: PanopticFPN) -> dict[str, Tensor]:
 def _whole(
     model: PanopticFPN, ours: Mapping[str, Tensor], table: dict[str, Tensor], stays: tuple[str, ...]
 ) -> dict[str, Tensor]:
-    table = dict(table)
+    table = _named_once(table)
+    _warn_unless_published(model, pixels_known="pixel_mean" in table)
     _compare(table, "pixel_mean", model.pixel_mean)
     _compare(table, "pixel_std", model.pixel_std)
     for level, anchors in enumerate(model.rpn.anchor_generator.cell_anchors):
         _compare(table, f"proposal_generator.anchor_generator.cell_anchors.{level}", anchors)
     return _matched(ours, {name: detectron2_name(name) for name in ours}, table, stays)
+
+
+def _named_once(table: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The table without the second names of the cell's tensors: the released R-FPN registers its cell twice."""
+    found, twice = dict(table), "roi_heads.mask_head.mask_fcn_rnn."
+    for name in [each for each in table if each.startswith(twice)]:
+        value, other = found.pop(name), name.replace(twice, "roi_heads.mask_head.recurrent.")
+        if not torch.equal(found.setdefault(other, value), value):
+            raise CheckpointError(f"{name} and {other} are one tensor in the released R-FPN, and differ here")
+    return found
+
+
+def _warn_unless_published(model: PanopticFPN, *, pixels_known: bool) -> None:
+    """Say what a checkpoint of detectron2's does not: which pixels, and which place of the stride, it is for."""
+    wrong = _unlike(model, stride_in_1x1=True, pixels=model.pixels if pixels_known else PixelSettings())
+    if wrong:
+        warnings.warn(
+            f"this checkpoint does not say what it was trained with; those that detectron2 publishes need a model "
+            f"made with {' and '.join(wrong)}, and are wrong in this one",
+            stacklevel=4,
+        )
 
 
 def _resnet(
@@ -120,7 +145,9 @@ def _resnet(
     ours = {name: value for name, value in ours.items() if name.startswith(_BODY)}
     if "conv1_w" in table:
         _trained_with(model, "MSRA's weights", stride_in_1x1=True, pixels=PixelSettings())
-        table = {caffe2_name(name): value for name, value in table.items() if not name.endswith("_momentum")}
+        # The bias before the first norm is one that detectron2 leaves out as well.
+        idle = [name for name in table if name.endswith("_momentum") or name == "conv1_b"]
+        table = {caffe2_name(name): value for name, value in table.items() if name not in idle}
         names = {name: detectron2_name(name).removeprefix(_THEIR_BODY) for name in ours}
     elif "layer1.0.conv1.weight" in table:
         _trained_with(model, "torchvision's weights", stride_in_1x1=False, pixels=PixelSettings.torchvision())
@@ -196,13 +223,18 @@ def _short(values: Tensor) -> list[float]:
 
 def _trained_with(model: PanopticFPN, whose: str, *, stride_in_1x1: bool, pixels: PixelSettings) -> None:
     """Raise unless the model shows its ResNet what the weights were trained on, and strides where they do."""
+    if wanted := _unlike(model, stride_in_1x1=stride_in_1x1, pixels=pixels):
+        raise CheckpointError(f"{whose} need a model made with {' and '.join(wanted)}")
+
+
+def _unlike(model: PanopticFPN, *, stride_in_1x1: bool, pixels: PixelSettings) -> list[str]:
+    """The settings in which a model differs, as they should be."""
     wanted = []
     if model.depth > 18 and model.stride_in_1x1 != stride_in_1x1:  # the blocks of ResNet-18 have no 1×1 to stride in
         wanted.append(f"backbone=BackboneSettings(stride_in_1x1={stride_in_1x1})")
     if model.pixels != pixels:
         wanted.append(f"pixels={pixels}")
-    if wanted:
-        raise CheckpointError(f"{whose} need a model made with {' and '.join(wanted)}")
+    return wanted
 
 
 def _download(depth: int) -> dict[str, Tensor]:

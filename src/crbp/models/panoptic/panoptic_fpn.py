@@ -210,8 +210,8 @@ class RFPN(PanopticFPN):
         tolerance: in evaluation an instance stops once its state moves by no more than this share; None runs all steps.
         norm_scale: start of the scales of the cell's two group norms. The published 0.1 holds a small model back that
             is trained for a short time; with 1 it learns sooner.
-        horizon: longest time constant in steps that the cell's gates start with, at least 3; None, as published, for
-            the number of steps. Fewer let the state arrive before the last of them.
+        horizon: longest time constant in steps that the cell's gates start with, at least 3; None for the number of
+            steps, where that is 3 or more. Fewer let the state arrive before the last of them.
 
     Raises:
         ValueError: for values out of range, or a mask head of other channels than the pyramid.

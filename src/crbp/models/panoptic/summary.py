@@ -52,7 +52,11 @@ def parts(model: PanopticFPN) -> list[Part]:
 
 def _mask_parts(head: nn.Module) -> list[Part]:
     if isinstance(head, RecurrentMaskHead):
-        return [_part("  recurrent cell", [head.cell]), _part("  output norm", [head.output_norm])]
+        cell = [_part(f"    {name}", [each]) for name, each in head.cell.named_children()]
+        own = [
+            _part(f"    {name}", [nn.ParameterList([each])]) for name, each in head.cell.named_parameters(recurse=False)
+        ]
+        return [_part("  recurrent cell", [head.cell]), *cell, *own, _part("  output norm", [head.output_norm])]
     return [_part("  convolutions", [head])]
 
 
