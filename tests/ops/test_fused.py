@@ -243,9 +243,17 @@ def test_what_is_compiled_in_the_first_step_serves_all_others(monkeypatch: pytes
     assert len(compiled) == first
 
 
-def test_without_a_compiler_it_says_so_once_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch._dynamo.exc.BackendCompilerFailed(lambda: None, RuntimeError("no C++ compiler"), None),
+        torch._inductor.exc.TritonMissing(None),
+    ],
+    ids=["C++", "Triton"],
+)
+def test_without_a_compiler_it_says_so_once_and_goes_on(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any) -> Any:
-        raise torch._dynamo.exc.BackendCompilerFailed(lambda: None, RuntimeError("no C++ compiler"), None)
+        raise error
 
     monkeypatch.setattr(torch._inductor, "compile", broken)
     monkeypatch.setattr(module._Compiler, "works", True)
