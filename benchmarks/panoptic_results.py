@@ -126,22 +126,25 @@ def table(lines: Iterable[Line]) -> str:
 
 def heads_table(rows: Iterable[dict[str, Any]]) -> str:
     """A row for each mask head that was trained alone, the values of its seeds side by side; see `mask_heads.py`."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        found.setdefault(row["head"], []).append(row)
+    found: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: row["updates"]):
+        found.setdefault((row["updates"], row["head"]), []).append(row)
     columns = {"loss": ("loss", ".3f"), "iou": ("IoU", ".1f")}
     if any("pq" in row for seeds in found.values() for row in seeds):
-        columns |= {"pq": ("PQ at N", ".1f"), "pq_things": ("PQ things", ".1f"), "pq_at_30": ("PQ at 30 steps", ".1f")}
+        columns |= {"pq": ("PQ at N", ".2f"), "pq_things": ("PQ things", ".1f"), "pq_at_30": ("PQ at 30 steps", ".2f")}
+    several = len({updates for updates, _ in found}) > 1
     body = [
         [
             name,
+            *([f"{updates:,}"] if several else []),
             f"{seeds[0]['parameters']:,}",
             *(", ".join(f"{row[key]:{form}}" for row in seeds if key in row) for key, (_, form) in columns.items()),
             ", ".join(f"{row['seconds'] / 60:.0f}" for row in seeds),
         ]
-        for name, seeds in found.items()
+        for (updates, name), seeds in found.items()
     ]
-    return markdown(("mask head", "parameters", *(title for title, _ in columns.values()), "minutes"), body)
+    titles = [title for title, _ in columns.values()]
+    return markdown(("mask head", *(["updates"] if several else []), "parameters", *titles, "minutes"), body)
 
 
 def overfit_table(rows: Iterable[dict[str, Any]]) -> str:
