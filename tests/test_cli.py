@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -166,6 +167,17 @@ def test_interrupt_within_training(monkeypatch: pytest.MonkeyPatch) -> None:
         assert main(["fit", *TINY]) == 130
     finally:
         signal.signal(signal.SIGINT, before)  # the trainer turns it off for good
+
+
+@pytest.mark.slow
+def test_training_says_what_compiling_took(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", *TINY]) == 0
+    assert "compiling" not in capsys.readouterr().err
+    assert main(["fit", *TINY, "--model.net.cell.fused", "true"]) == 0
+    (seconds,) = re.findall(
+        r"^crbp: compiling fused cells took (\d+) s of the training$", capsys.readouterr().err, re.M
+    )
+    assert int(seconds) > 0
 
 
 def test_from_training_to_predictions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

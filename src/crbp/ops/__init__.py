@@ -1,12 +1,13 @@
 """Fast operations behind plain functions: convolution by FFT, fused element-wise functions."""
 
 from crbp.ops.convolution import Conv2d, conv2d, preferred_method, shared_spectra
-from crbp.ops.fused import Fused, repeated_products, softplus
+from crbp.ops.fused import Fused, compile_seconds, repeated_products, softplus
 from crbp.ops.memory import keep_freed_memory
 
 __all__ = [
     "Conv2d",
     "Fused",
+    "compile_seconds",
     "conv2d",
     "keep_freed_memory",
     "preferred_method",

@@ -131,7 +131,9 @@ class Fused:
             self._compiled[key] = function
             return function(*tensors)
         finally:
-            self.compile_seconds += time.perf_counter() - start
+            spent = time.perf_counter() - start
+            self.compile_seconds += spent
+            _Compiler.seconds += spent
 
 
 def _signature(tensors: Sequence[Tensor]) -> Signature:
@@ -245,10 +247,16 @@ def compiler_works() -> bool:
     return _Compiler.works
 
 
+def compile_seconds() -> float:
+    """Seconds that this process has spent on first calls of fused functions, in which they compile."""
+    return _Compiler.seconds
+
+
 class _Compiler:
-    """Whether there is a compiler that works, for the whole process."""
+    """Whether there is a compiler that works, and how long it took, for the whole process."""
 
     works = True
+    seconds = 0.0
 
     @classmethod
     def give_up(cls, error: Exception) -> None:

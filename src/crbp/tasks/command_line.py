@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import sys
 import warnings
 from argparse import ArgumentError, ArgumentParser
 from functools import cache
@@ -27,6 +28,7 @@ from crbp._files import write_whole
 from crbp._threads import set_threads
 from crbp.data.pathfinder import DataError, GenerationError
 from crbp.errors import CrbpError, StorageError
+from crbp.ops import compile_seconds
 from crbp.tasks._messages import one_line
 from crbp.tasks._resume import LastCheckpoint, Restoring, ResumableModule, WholeCheckpoints
 from crbp.tasks._stop import StopOnSignal, Stopped, lost_process
@@ -117,6 +119,17 @@ class _SaveConfig(SaveConfigCallback):
             write_whole(Path(folder) / self.config_filename, content.encode())
             if stage == "fit":
                 write_whole(Path(folder) / CODE, (json.dumps(code(), indent=2) + "\n").encode())
+
+
+class _CompileTime(pl.Callback):
+    """Says after training how much of it went into compiling fused cells."""
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._before = compile_seconds()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero and (spent := compile_seconds() - self._before) > 0:
+            print(f"crbp: compiling fused cells took {spent:.0f} s of the training", file=sys.stderr)
 
 
 class _Parser(LightningArgumentParser):
@@ -259,6 +272,7 @@ class _CommandLine(LightningCLI):
             return []
         chosen: list[Callback] = []
         monitor = getattr(self.model, "monitor", _MONITOR)
+        chosen.append(_CompileTime())
         for check in (NonFinite, LearningCheck):
             if not any(isinstance(callback, check) for callback in given):
                 chosen.append(check())
