@@ -72,7 +72,7 @@ class Trial:
 
 
 def convolutions(depth: int) -> Trial:
-    """So many of them."""
+    """A head of so many convolutions, which has no run to penalise."""
     return Trial(lambda: Convolutions(depth))
 
 

@@ -125,7 +125,7 @@ def table(lines: Iterable[Line]) -> str:
 
 
 def heads_table(rows: Iterable[dict[str, Any]]) -> str:
-    """A row for each mask head that was trained alone, the values of its seeds side by side; see `mask_heads.py`."""
+    """A row for each mask head trained alone, by number of updates, its seeds side by side; see `mask_heads.py`."""
     found: dict[tuple[int, str], list[dict[str, Any]]] = {}
     for row in sorted(rows, key=lambda row: row["updates"]):
         found.setdefault((row["updates"], row["head"]), []).append(row)

@@ -125,7 +125,7 @@ def measure(name: str, *, batch: int, steps: int, gpu_tflops: float) -> dict[str
 
 
 def direct(task: ContourTask) -> ContourTask:
-    """The task with plain PyTorch inside: convolutions by the direct method, nothing fused."""
+    """The task, changed in place to plain PyTorch inside: convolutions by the direct method, nothing fused."""
     for module in task.net.modules():
         if hasattr(module, "method"):
             module.method = "direct"
@@ -135,20 +135,19 @@ def direct(task: ContourTask) -> ContourTask:
 
 
 def kept(task: ContourTask) -> int:
-    """Bytes that autograd saves for an image of 16×16 in a training step of N steps."""
+    """Bytes that autograd saves for an image of 16×16 in a training step of N steps; of a task made `direct`."""
     image, mask = _counted_on()
     known = [*task.net.parameters(), image, mask]
     with crbp.activation_memory(exclude=known) as memory:
-        loss = _loss(task, image, mask)
-    del loss
+        _loss(task, image, mask)
     return memory.bytes
 
 
 def arithmetic(task: ContourTask) -> float:
     """Floating-point operations of the convolutions in a training step on one image of 16×16, the mean of a training.
 
-    All penalties of the task are counted. Every step of recurrence costs the same, so that of the steps that are drawn
-    only their mean matters.
+    Of a task made `direct`. All its penalties are counted. Every step of recurrence costs the same, so that of the
+    steps that are drawn only their mean matters.
     """
     at_n = _counted(task)
     if not task.step_jitter:

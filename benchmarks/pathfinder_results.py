@@ -169,7 +169,9 @@ def saved(weights: Path, task: str) -> tuple[int, int]:
 
     # Of two, four and not one: the transform of an odd number of images is of one more.
     two, four = of(2), of(4)
-    return (four - two) // 2, 2 * two - four
+    if (shared := 2 * two - four) < 0:
+        raise ValueError(f"two and four images of {weights.stem} are convolved otherwise: count with one thread")
+    return (four - two) // 2, shared
 
 
 def _saved_mib(weights: Path, task: str) -> Line:

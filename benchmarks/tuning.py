@@ -74,7 +74,7 @@ def line_of(row: str, tried: str, run: Path) -> dict[str, str]:
 def main() -> None:
     """Train the sets that are missing, and write the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows", nargs="*", choices=SETS, default=list(SETS), metavar="ROW", help="all by default")
+    parser.add_argument("rows", nargs="+", choices=SETS, metavar="ROW", help=f"of {', '.join(SETS)}")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs", help="folder of the runs")
     parser.add_argument("--out", type=Path, default=FOLDER / "tuning.csv")
     options = parser.parse_args()

@@ -179,13 +179,12 @@ def comments(name: str, title: str) -> Iterator[str]:
         yield f"Published PQ (Linsley et al., NeurIPS 2020; not at equal images): {PUBLISHED[name]}."
     if name.startswith("shapes_"):
         yield f"It starts from the weights of {START}.yaml, which is to be run before it."
-    if name.endswith("_detectron2"):
-        yield "Measure a checkpoint of detectron2's, or of the released R-FPN, with it:"
-        yield f"crbp test --config configs/panoptic/{name}.yaml --model.weights FILE --data.source.root FOLDER_OF_COCO"
-        yield "Written by configs/make_panoptic.py, where all rows stand side by side: change it there."
-        return
     root = "" if name.startswith(("mini_", "shapes_", START)) else " --data.source.root FOLDER_OF_COCO"
-    yield f"Run it with: crbp fit --config configs/panoptic/{name}.yaml{root}"
+    if name.endswith("_detectron2"):
+        yield f"Measure a checkpoint of {'the released R-FPN' if name.startswith('rfpn') else 'detectron2'} with it:"
+        yield f"crbp test --config configs/panoptic/{name}.yaml --model.weights FILE{root}"
+    else:
+        yield f"Run it with: crbp fit --config configs/panoptic/{name}.yaml{root}"
     yield "Written by configs/make_panoptic.py, where all rows stand side by side: change it there."
 
 

@@ -35,7 +35,7 @@ def environment(**settings: str) -> dict[str, str]:
 
 
 def free_port() -> str:
-    """A port that nothing listens on: two runs that meet at one port wait for each other forever."""
+    """A port that nothing listens on now, for one run: two that meet at one port wait for each other forever."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return str(free.getsockname()[1])

@@ -1,7 +1,8 @@
 """That a training step runs where its model is: nothing of it is made on the CPU beside a model on another device.
 
 PyTorch's device ``meta``, whose tensors have no values, stands in for a GPU. As there, an operation on tensors of two
-devices is an error, and so is a kernel that is for the CPU alone.
+devices is an error, and so is a kernel that is for the CPU alone. What it does not show: compiled stages, autocast, and
+state of threads, of which backward passes on a GPU have their own.
 """
 
 from __future__ import annotations

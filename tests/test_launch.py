@@ -20,6 +20,7 @@ from launched import (
     TINY,
     environment,
     free_port,
+    members,
     started,
     step_of,
     wait_for,
@@ -161,6 +162,8 @@ def test_a_run_whose_port_is_taken_says_which(tmp_path: Path) -> None:
         port = str(taken.getsockname()[1])
         with started(command, tmp_path, environment(MASTER_PORT=port)) as run:
             assert run.wait(BOUND) == 1
+            wait_until_gone(run.pid, within=30)
+            assert not members(run.pid)
     told = [line for line in (tmp_path / "log").read_text().splitlines() if line.startswith("crbp: error: ")]
     assert len(told) == 1
     assert f"port {port}" in told[0]

@@ -107,7 +107,6 @@ def test_the_other_parts(tmp_path):
     ways = parts["rollout"]["rows"][0]["seconds"]
     assert all(0 < ways[name]["median"] < ways[name]["first_seconds"] for name in ("fused", "compiled"))
     assert all(found["difference"] < 1e-5 for found in ways.values())
-    assert ways["compiled"]["difference"] > 0  # else it would hardly have been compiled
 
 
 def test_ways_to_convolve_come_to_the_same(tmp_path):
@@ -142,7 +141,7 @@ def test_all_of_a_size_is_on_its_device():
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--device", "gpu"], "--device gpu"),
+        (["--device", "gpu"], "not gpu"),
         (["--device", "meta"], "not meta"),
         (["--device", "cuda:4711"], "cuda:4711 cannot be used here"),
         (["--threads", "0"], "0"),

@@ -61,9 +61,8 @@ def test_what_is_kept_of_an_image_is_that_of_direct_convolutions_and_grows_with_
 ) -> None:
     made = script.direct(task(4))
     assert {module.method for module in made.net.modules() if hasattr(module, "method")} == {"direct"}
-    kept, state = script.kept(made), 4 * CHANNELS * script.COUNTED**2
-    more = script.kept(script.direct(task(5))) - kept
-    assert more % state == 0 or more > 10 * state  # nothing but states and statistics
+    kept = script.kept(made)
+    assert kept < script.kept(script.direct(task(5)))
     monkeypatch.setattr(script, "COUNTED", 2 * script.COUNTED)
     assert script.kept(made) == pytest.approx(4 * kept, rel=0.01)
 

@@ -117,9 +117,9 @@ def test_memory_is_that_of_the_penalties_trained_with(results: Any, tmp_path: Pa
         return found
 
     each, shared = results.saved(file, "mini")
-    assert shared + 6 * each == pytest.approx(wanted(6, penalty=sums), rel=3e-3)
+    assert shared + 3 * each == wanted(3, penalty=sums)
     plain, of_plain = results.saved(weights(tmp_path, "rbp", "crbp.RBP", penalty=None), "mini")
-    assert of_plain + 6 * plain == pytest.approx(wanted(6), rel=3e-3)
+    assert of_plain + 3 * plain == wanted(3)
     assert plain < each
     last, _ = results.saved(weights(tmp_path, "last", "crbp.BPTT", supervision="last"), "mini")
     assert results.saved(weights(tmp_path, "all", "crbp.BPTT", supervision="all"), "mini")[0] > last

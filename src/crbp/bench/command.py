@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import time
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,6 @@ from crbp.bench import convergence, devices, figures, memory, speed, tables
 from crbp.bench.measure import Numbers, environment, textbook
 from crbp.errors import CrbpError
 from crbp.ops import keep_freed_memory
-from crbp.tasks._messages import one_line
 
 
 class Part(Protocol):
@@ -116,13 +116,12 @@ def _options(arguments: list[str]) -> argparse.Namespace:
         return options
     if elsewhere := [name for name in options.only or () if name in ON_CPU]:
         raise CrbpError(f"--only {' '.join(elsewhere)} is for the CPU; on a GPU there are {', '.join(ANYWHERE)}")
-    try:
-        device = torch.device(options.device)
-        if device.type != "cuda":
-            raise CrbpError(f"--device must be cpu, cuda or cuda:N, not {options.device}")
-        torch.cuda.set_device(device.index or 0)  # which times are taken of
-    except (RuntimeError, AssertionError) as error:
-        raise CrbpError(f"--device {options.device} cannot be used here ({one_line(error)}); give cpu") from error
+    if (found := re.fullmatch(r"cuda(?::(\d+))?", options.device)) is None:
+        raise CrbpError(f"--device must be cpu, cuda or cuda:N, not {options.device}")
+    index, there = int(found[1] or 0), torch.cuda.device_count()
+    if index >= there:
+        raise CrbpError(f"--device {options.device} cannot be used here: PyTorch finds {there} GPUs; give cpu")
+    torch.cuda.set_device(index)  # which times are taken of
     return options
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import signal
 import sys
 import warnings
 from argparse import ArgumentError, ArgumentParser
@@ -128,7 +129,7 @@ class _CompileTime(pl.Callback):
         self._before = compile_seconds()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.is_global_zero and (spent := compile_seconds() - self._before) > 0:
+        if trainer.is_global_zero and (spent := compile_seconds() - self._before) >= 1:
             print(f"crbp: compiling fused cells took {spent:.0f} s of the training", file=sys.stderr)
 
 
@@ -270,9 +271,8 @@ class _CommandLine(LightningCLI):
             return [writer(self._settings.out)]
         if self.subcommand != "fit":
             return []
-        chosen: list[Callback] = []
+        chosen: list[Callback] = [_CompileTime()]
         monitor = getattr(self.model, "monitor", _MONITOR)
-        chosen.append(_CompileTime())
         for check in (NonFinite, LearningCheck):
             if not any(isinstance(callback, check) for callback in given):
                 chosen.append(check())
@@ -307,6 +307,8 @@ class _CommandLine(LightningCLI):
         """What to raise in the place of an error that does not say what to do; None where it is not known."""
         if isinstance(error, dist.DistNetworkError) and "EADDRINUSE" in str(error):
             port = self.trainer.strategy.cluster_environment.main_port  # type: ignore[attr-defined]
+            if (launcher := self.trainer.strategy.launcher) is not None:
+                launcher.kill(signal.SIGTERM)  # the others would wait at the port
             return SystemExit(
                 f"crbp: error: port {port}, at which the processes of this run are to meet, is taken by another "
                 "program; give a free one as MASTER_PORT (torchrun has --master-port, and crbp's torchrun.sh PORT)"

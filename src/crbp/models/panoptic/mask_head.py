@@ -66,7 +66,8 @@ class RecurrentMaskHead(MaskHead):
         tolerance: in evaluation, freeze an instance once the relative residual ``‖h_t − h_{t−1}‖ / ‖h_t‖`` of its own
             state is at most this; None runs all of them as ``evolve`` says.
         norm_scale: start of the scales of the cell's group norms.
-        horizon: longest time constant in steps that its gates start with, at least 3; None for the number of steps.
+        horizon: longest time constant in steps that its gates start with, at least 3; None for the number of steps, or
+            3 where that is less.
 
     Raises:
         ValueError: for values out of range.

@@ -211,7 +211,7 @@ class RFPN(PanopticFPN):
         norm_scale: start of the scales of the cell's two group norms. The published 0.1 holds a small model back that
             is trained for a short time; with 1 it learns sooner.
         horizon: longest time constant in steps that the cell's gates start with, at least 3; None for the number of
-            steps, where that is 3 or more. Fewer let the state arrive before the last of them.
+            steps, or 3 where that is less. With a shorter one the state settles before the last step.
 
     Raises:
         ValueError: for values out of range, or a mask head of other channels than the pyramid.

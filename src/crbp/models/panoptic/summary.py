@@ -19,7 +19,7 @@ class Part(NamedTuple):
     """A part of a model.
 
     Attributes:
-        name: of the part; indented by two spaces where it belongs to the part before.
+        name: of the part; indented by two spaces a level where it belongs to the part before.
         trainable: its numbers that are trained.
         total: all of them.
     """
