@@ -50,7 +50,11 @@ def images() -> tuple[Tensor, Tensor]:
     return torch.rand(2, 1, 20, 20, device="meta"), torch.rand(2, 20, 20, device="meta") > 0.5
 
 
-def are_elsewhere(loss: Tensor, gradients: dict[str, Tensor], module: torch.nn.Module) -> None:
+def gradients_of(module: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+
+
+def assert_elsewhere(loss: Tensor, gradients: dict[str, Tensor], module: torch.nn.Module) -> None:
     assert loss.is_meta
     assert set(gradients) == {name for name, _ in module.named_parameters()}
     assert all(each.is_meta for each in gradients.values())
@@ -85,7 +89,7 @@ def test_every_gradient_and_convolution(gradient: crbp.GradientMethod, method: A
     net = PathfinderNet(HGRU(4, 5), crbp.Evolve(steps=4, gradient=gradient)).to("meta")
     assert isinstance(net.cell, HGRU)
     net.cell.inhibition.method = net.cell.excitation.method = method
-    are_elsewhere(*training_step(net, *images(), weight=10.0), net)
+    assert_elsewhere(*training_step(net, *images(), weight=10.0), net)
 
 
 @pytest.mark.parametrize("cell", [HGRU, ConvGRU, ConvLSTM])
@@ -102,7 +106,7 @@ def test_every_cell_and_penalty(cell: Any) -> None:
     )
     loss = prediction.logits.square().mean() + penalties
     loss.backward()
-    are_elsewhere(loss, {name: p.grad for name, p in net.named_parameters() if p.grad is not None}, net)
+    assert_elsewhere(loss, gradients_of(net), net)
 
 
 def test_the_cell_of_masks() -> None:
@@ -110,10 +114,10 @@ def test_the_cell_of_masks() -> None:
     evolve = crbp.Evolve(steps=4, gradient=crbp.RBP())
     loss = evolve(lambda state: cell(state, drive), cell.initial_state(drive)).state.square().mean()
     loss.backward()
-    are_elsewhere(loss, {name: p.grad for name, p in cell.named_parameters() if p.grad is not None}, cell)
+    assert_elsewhere(loss, gradients_of(cell), cell)
 
 
 def test_what_speed_is_measured_against() -> None:
     net = textbook().TextbookNet(4, 5).to("meta")
     loss, gradients = textbook().training_step(net, *images(), steps=4, terms=3, weight=10.0)
-    are_elsewhere(loss, gradients, net)
+    assert_elsewhere(loss, gradients, net)

@@ -90,14 +90,16 @@ def test_small_rows_have_the_classes_of_their_data(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["fpn_r50_detectron2", "rfpn_crbp20_r50_detectron2"])
-def test_rows_for_detectron2_take_what_it_publishes(name: str, recwarn: pytest.WarningsRecorder) -> None:
+def test_rows_for_detectron2_take_what_it_publishes(name: str) -> None:
     net = parser().parse_object(content(name)).model.init_args.net
     with torch.device("meta"):
         model = {"PanopticFPN": PanopticFPN, "RFPN": RFPN}[net.class_path.rpartition(".")[2]](depth=50)
     given = {"depth": 50} | {key: net.init_args[key] for key in ("evolve", "penalty") if key in net.init_args}
-    assert {**content(name)["model"]["init_args"]["net"]["init_args"]}.keys() == given.keys()  # all else by default
-    load_weights(model, {detectron2_name(each): torch.empty_like(value) for each, value in model.state_dict().items()})
-    assert not recwarn.list
+    assert content(name)["model"]["init_args"]["net"]["init_args"].keys() == given.keys()  # all else by default
+    # A warning, which is an error in tests, would say that it is for other pixels or another stride.
+    assert load_weights(
+        model, {detectron2_name(each): torch.empty_like(value) for each, value in model.state_dict().items()}
+    )
 
 
 def test_rows_on_shapes_differ_from_what_they_start_from_in_their_masks_alone() -> None:

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from crbp.bench import command, devices, measure, tables
 from crbp.bench.measure import Pair, Size, in_turns, spread
-from crbp.bench.speed import convolutions, exponent
+from crbp.bench.speed import convolution_count, exponent
 from crbp.cli import main
 from crbp.errors import CrbpError
 from crbp.ops import convolution
@@ -185,7 +185,7 @@ def test_the_convolutions_of_a_step_are_counted_right():
     with Count():
         job()
     # Two more are gradients of kernels in the second derivative, which PyTorch words as convolutions with an image.
-    assert found + 2 == convolutions(size)
+    assert found + 2 == convolution_count(size)
 
 
 def test_exponents_are_those_of_a_power_law():

@@ -177,7 +177,7 @@ def roofline(*, quick: bool) -> Numbers:
     size = TINY if quick else PAPER
     peak = _peak_flops(256 if quick else 3072, repeats=3 if quick else 7)
     bandwidth = _bandwidth(2**20 if quick else 2**26, repeats=3 if quick else 7)
-    direct = convolutions(size) * 2.0 * size.batch * (size.channels * size.kernel_size * size.image) ** 2
+    direct = convolution_count(size) * 2.0 * size.batch * (size.channels * size.kernel_size * size.image) ** 2
     fourier, spectra = _fourier(size)
     elementwise = _elementwise_bytes(size)
     return {
@@ -220,7 +220,7 @@ def _bandwidth(items: int, *, repeats: int) -> Numbers:
     return {name: moved * BYTES * items / min(seconds[name]) for name, moved in (("copy", 2), ("triad", 3))}
 
 
-def convolutions(size: Size) -> int:
+def convolution_count(size: Size) -> int:
     """The fewest convolutions of C to C channels that a training step can do with.
 
     Two for each of the ``N`` steps, the ``K`` products, the penalty's product and the last backward pass, which has two
@@ -238,9 +238,9 @@ def _fourier(size: Size) -> tuple[float, float]:
     points, planes, pairs = math.prod(frame.size), frame.planes(size.batch, image), size.channels**2
     transform = 5 * points * math.log2(points)  # of a complex plane
     each = planes * (2 * size.channels * transform + 8 * pairs * points)
-    flops = convolutions(size) * each + 2 * pairs * transform  # two spectra and their gradients, of half planes
+    flops = convolution_count(size) * each + 2 * pairs * transform  # two spectra and their gradients, of half planes
     moved = BYTES * (2 * size.batch * size.channels * size.image**2 + pairs * points)
-    return flops, float(convolutions(size) * moved)
+    return flops, float(convolution_count(size) * moved)
 
 
 def _measured(size: Size) -> Numbers:

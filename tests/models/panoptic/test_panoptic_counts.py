@@ -101,6 +101,13 @@ def test_the_command_shows_them(model, depth, trainable, total, capsys):
     assert re.search(rf"\ball\W+{trainable}\W+{total}\W", shown)
     assert f"ResNet-{depth}" in shown
     assert ("recurrent cell" in shown) == (model == "rfpn")
+    if model == "rfpn":  # what stands below the cell, indented once more, is all of it
+        cell, *parts = (
+            int(count.replace(" ", ""))
+            for count in re.findall(r"^│ (?:  recurrent cell|    \w+) +│ +([\d ]+?) │", shown, re.MULTILINE)
+        )
+        assert len(parts) == 12
+        assert sum(parts) == cell
 
 
 @pytest.mark.parametrize(

@@ -53,15 +53,17 @@ def parts(model: PanopticFPN) -> list[Part]:
 def _mask_parts(head: nn.Module) -> list[Part]:
     if isinstance(head, RecurrentMaskHead):
         cell = [_part(f"    {name}", [each]) for name, each in head.cell.named_children()]
-        own = [
-            _part(f"    {name}", [nn.ParameterList([each])]) for name, each in head.cell.named_parameters(recurse=False)
-        ]
+        own = [_of(f"    {name}", [each]) for name, each in head.cell.named_parameters(recurse=False)]
         return [_part("  recurrent cell", [head.cell]), *cell, *own, _part("  output norm", [head.output_norm])]
     return [_part("  convolutions", [head])]
 
 
 def _part(name: str, modules: Iterable[nn.Module]) -> Part:
-    sizes = [(each.numel(), each.requires_grad) for module in modules for each in module.parameters()]
+    return _of(name, (each for module in modules for each in module.parameters()))
+
+
+def _of(name: str, parameters: Iterable[nn.Parameter]) -> Part:
+    sizes = [(each.numel(), each.requires_grad) for each in parameters]
     return Part(name, sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes))
 
 
