@@ -25,6 +25,7 @@ from crbp._tree import (
 from crbp.errors import DivergenceError, DivergenceWarning, SettingsError
 from crbp.gradients import BPTT, BackwardReport, GradientMethod, Recurrence
 from crbp.ops import shared_spectra
+from crbp.ops.fused import pullbacks_anew
 from crbp.solvers import StopReason
 
 
@@ -98,7 +99,8 @@ class Run:
                 outputs = self._step(start)
 
         def product(vector: Leaves) -> Leaves:
-            return vector_jacobian(outputs, start, vector, create_graph=live and torch.is_grad_enabled())
+            with pullbacks_anew():
+                return vector_jacobian(outputs, start, vector, create_graph=live and torch.is_grad_enabled())
 
         return start, product
 

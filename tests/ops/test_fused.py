@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -183,6 +185,63 @@ def test_products_of_more_sizes_than_are_compiled_are_not_traced(monkeypatch: py
         assert (len(traced) > before) == (size <= 3)  # the second takes the whole product, compiled for one size too
 
 
+Step = Callable[[Tensor], Tensor]
+
+
+@pytest.fixture
+def toy(smooth: ops.Fused) -> tuple[Step, Tensor, Tensor]:
+    """A step with a fused stage behind a product, its weights, and a state to start from."""
+    torch.manual_seed(0)
+    weight, start = (0.2 * torch.randn(20, 20)).requires_grad_(), torch.randn(3, 4, 20)
+    return lambda state: smooth(state, state @ weight), weight, start
+
+
+def penalty_of(step: Step, start: Tensor) -> Tensor:
+    run = crbp.Evolve(steps=3, gradient=crbp.RBP())(step, start)
+    return crbp.lipschitz_penalty(run, bound=0.1) + crbp.spectral_penalty(run, bound=0.1)
+
+
+def test_gradients_of_stages_are_computed_anew_in_place_of_being_saved(
+    toy: tuple[Step, Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, weight, start = toy
+    found = []
+    for context in (module.pullbacks_anew, nullcontext):
+        monkeypatch.setattr(crbp.evolve, "pullbacks_anew", context)
+        with crbp.activation_memory(exclude=[weight]) as memory:
+            penalty = penalty_of(step, start)
+        found.append((memory.bytes, torch.autograd.grad(penalty, weight)[0]))
+    (anew, gradient), (saved, wanted) = found
+    assert saved - anew == 2 * start.nbytes  # what goes to the product, of each penalty
+    assert wanted.abs().max() > 0
+    torch.testing.assert_close(gradient, wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("around", ["checkpoint", "save_on_cpu", "retain_graph"])
+def test_gradients_computed_anew_go_with_other_hooks(toy: tuple[Step, Tensor, Tensor], around: str) -> None:
+    step, weight, start = toy
+    (wanted,) = torch.autograd.grad(penalty_of(step, start), weight)
+    if around == "checkpoint":
+        penalty = torch.utils.checkpoint.checkpoint(penalty_of, step, start, use_reentrant=False)
+    elif around == "save_on_cpu":
+        with torch.autograd.graph.save_on_cpu():
+            penalty = penalty_of(step, start)
+    else:
+        penalty = penalty_of(step, start)
+        torch.autograd.grad(penalty, weight, retain_graph=True)
+    assert isinstance(penalty, Tensor)
+    torch.testing.assert_close(torch.autograd.grad(penalty, weight)[0], wanted, rtol=0, atol=0)
+
+
+def test_a_weight_changed_before_the_gradient_of_a_penalty_is_told(toy: tuple[Step, Tensor, Tensor]) -> None:
+    step, weight, start = toy
+    penalty = penalty_of(step, start)
+    with torch.no_grad():
+        weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified in place"):
+        penalty.backward()
+
+
 def test_a_norm_put_in_place_is_called() -> None:
     cell = crbp.cells.HGRU(2, 3, norm="batch", fused=True)
     cell.inhibition_norm = torch.nn.SyncBatchNorm.convert_sync_batchnorm(cell.inhibition_norm)
@@ -208,6 +267,22 @@ def test_a_fused_cell_trains_like_an_ordinary_one(norm: Any) -> None:
         (run.state.square().sum() + 3 * crbp.lipschitz_penalty(run, bound=0.1)).backward()
         found.append((run.state.detach(), {name: parameter.grad for name, parameter in cell.named_parameters()}))
     torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("images", [1, 6])
+def test_a_step_of_c_rbp_saves_at_most_half_more_than_one_of_bptt_where_it_is_fused(images: int) -> None:
+    cell = crbp.cells.HGRU(4, 3, norm="instance", fused=True)
+    drive, found = torch.randn(images, 4, 32, 32), []
+    for steps, gradient in ((3, crbp.RBP()), (7, crbp.RBP()), (1, crbp.BPTT())):
+        with crbp.activation_memory(exclude=[*cell.parameters(), drive]) as memory:
+            run = crbp.Evolve(steps=steps, gradient=gradient)(lambda h: cell(h, drive), torch.zeros_like(drive))
+            losses = [run.state.square().mean()]
+            if isinstance(gradient, crbp.RBP):
+                losses.append(crbp.lipschitz_penalty(run))
+        del run, losses
+        found.append(memory.bytes)
+    assert found[0] == found[1] <= 1.5 * found[2]
 
 
 @pytest.mark.slow

@@ -165,6 +165,71 @@ def repeated_products() -> Iterator[None]:
         _repeated.maps = before
 
 
+@contextmanager
+def pullbacks_anew() -> Iterator[None]:
+    """Save no gradient that a `Fused` computes within this context: where it is needed, it is computed anew.
+
+    Such a gradient is of the size of a state, is saved by the convolution that it goes to, and follows from tensors
+    that are saved anyway. What is saved besides is handed to whatever hooks on saved tensors are set already.
+    """
+    engine: Any = torch._C._autograd
+    if not engine._saved_tensors_hooks_is_enabled():
+        yield
+        return
+    pack, unpack = engine._top_saved_tensors_default_hooks(False) or (_pack, _unpack)
+
+    def packed(tensor: Tensor) -> Any:
+        return _Anew.of(tensor) or pack(tensor)
+
+    def unpacked(kept: Any) -> Tensor:
+        found: Tensor = kept.tensor() if isinstance(kept, _Anew) else unpack(kept)
+        return found
+
+    with torch.autograd.graph.saved_tensors_hooks(packed, unpacked):
+        yield
+
+
+def _pack(tensor: Tensor) -> tuple[Tensor, int]:
+    return tensor.detach(), tensor._version
+
+
+def _unpack(kept: tuple[Tensor, int]) -> Tensor:
+    tensor, version = kept
+    if tensor._version != version:  # which PyTorch asks of what it keeps without hooks
+        raise RuntimeError(
+            "a tensor needed for the gradient of a penalty has been modified in place (a parameter by an optimiser's "
+            f"step?): its version is {tensor._version}, not {version}; call backward() before"
+        )
+    return tensor
+
+
+@dataclass(frozen=True)
+class _Anew:
+    """A gradient that a node of `_Pullback` computes, or a view of it, in place of the tensor."""
+
+    node: Any
+    place: int
+    layout: Any  # sizes, strides, and the offset in the gradient
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Anew | None:
+        """What stands for a tensor, if it is one that can be computed anew."""
+        base = tensor._base if tensor._is_view() else tensor
+        if base is None or getattr(base.grad_fn, "_forward_cls", None) is not _Pullback or not base.is_contiguous():
+            return None
+        offset = tensor.storage_offset() - base.storage_offset()
+        return cls(base.grad_fn, base.output_nr, (tensor.shape, tensor.stride(), offset))
+
+    def tensor(self) -> Tensor:
+        node = self.node
+        if node.anew is None:  # until the node's own backward pass, which is later
+            node.given = _dense(node.saved_tensors)
+            node.anew = node.fused.pullback(node.asked, *node.given)
+        whole: Tensor = node.anew[self.place].contiguous()
+        sizes, strides, offset = self.layout
+        return whole.as_strided(sizes, strides, whole.storage_offset() + offset)
+
+
 def _traced(function: Callable[..., Any], tensors: Sequence[Tensor]) -> fx.GraphModule:
     """The operations that a function comes to for tensors like these."""
     if isinstance(function, fx.GraphModule):
@@ -315,13 +380,13 @@ class _Value(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
         asked = _places(wanted(ctx, len(tensors), first=1))
-        gradient = gradient.contiguous()
         maps = _repeated.maps
         if torch.is_grad_enabled() or maps is None:
             found = _Pullback.apply(ctx.fused, asked, gradient, *tensors)
         else:
             # The node is kept with its map, so that its id stays its own.
             key = id(ctx), asked
+            gradient = gradient.contiguous()
             if key not in maps:
                 maps[key] = ctx, ctx.fused.linearised(asked, gradient, *tensors)
             found = maps[key][1](gradient)
@@ -331,11 +396,12 @@ class _Value(torch.autograd.Function):
 class _Pullback(torch.autograd.Function):
     @staticmethod
     def forward(fused: Fused, asked: Indices, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return fused.pullback(asked, *tensors)
+        return fused.pullback(asked, *_dense(tensors))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.fused, ctx.asked, *tensors = inputs
+        ctx.given = ctx.anew = None
         ctx.save_for_backward(*tensors)
 
     @staticmethod
@@ -343,10 +409,17 @@ class _Pullback(torch.autograd.Function):
         if torch.is_grad_enabled():
             # Raised at once: `once_differentiable` would be passed over by `torch.autograd.grad` with named inputs.
             raise NotImplementedError("a fused function has two derivatives, not three; choose fused=False")
-        tensors = ctx.saved_tensors
+        # Not unpacked once more where they have been: `torch.utils.checkpoint` allows it once.
+        tensors = _dense(ctx.saved_tensors) if ctx.given is None else ctx.given
+        ctx.given = ctx.anew = None
         then = _places(wanted(ctx, len(tensors), first=2))
         found = ctx.fused.second(ctx.asked, then, *(each.contiguous() for each in gradients), *tensors)
         return None, None, *_filled(len(tensors), then, found)
+
+
+def _dense(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The same with the first, a gradient, laid out: it is saved as it came, such as one number for all."""
+    return tensors[0].contiguous(), *tensors[1:]
 
 
 def _places(flags: tuple[bool, ...]) -> Indices:
