@@ -60,7 +60,7 @@ LATE = {
 VARIANTS = {
     "k3": "3×3 kernels", "k5": "5×5 kernels", "k9": "9×9 kernels", "gmres": "solved by GMRES",
     "evidential": "evidential loss", "batchnorm": "normalised by batch",
-    "weaker": "a fifth of the penalty on growth",
+    "stronger": "five times the penalty on growth",
 }  # fmt: skip
 BATCH = 128  # images of the paper's training step
 COLUMNS = (

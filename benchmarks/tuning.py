@@ -1,8 +1,8 @@
-"""The same effort for all methods: as many sets of settings for each on 14 dashes as were tried for C-RBP.
+"""The same effort for all methods: other settings for them than those of their configurations.
 
-    python benchmarks/tuning.py hgru_bptt hgru_rbp      # 4 trainings each; resumes what was cut off
+    python benchmarks/tuning.py small14_hgru_bptt small9_hgru_rbp      # 4 trainings each; resumes what was cut off
 
-The first set of each row is the one of its configuration; these are four others. Writes
+On 14 dashes each method has had as many sets as C-RBP, of which the first is the one of its configuration. Writes
 `results/pathfinder/tuning.csv`, a line for each set.
 """
 
@@ -21,7 +21,6 @@ from pathfinder import CONFIGS, accuracy
 from crbp.models import PathfinderNet
 from crbp.tasks import load_net
 
-TASK = "small14"
 COLUMNS = ("row", "set", "f1_at_n", "f1_at_4n", "f1_best", "f1_best_at", "seed", "seconds", "commit", "processor")
 MODEL, CELL = "--model.init_args", "--model.init_args.net.init_args.cell.init_args"
 
@@ -36,25 +35,34 @@ def gates(*horizons: int) -> dict[str, list[str]]:
     return {f"gates of {steps}": [f"{CELL}.horizon", str(steps)] for steps in horizons}
 
 
+def settling(growth: float, beyond: float) -> list[str]:
+    """Another weight of the penalty on growth, and steps drawn up to so many times N = 6 beyond that."""
+    return [f"{MODEL}.spectral_weight", str(growth), f"{MODEL}.step_jitter", str(round(6 * beyond))]
+
+
 SIX_STEPS = rates(0.005, 0.02) | gates(3, 12)  # for rows whose gates have 6
+FEEDFORWARD = rates(0.0025, 0.005, 0.02, 0.04)
 SETS: dict[str, dict[str, list[str]]] = {
-    "hgru_bptt": SIX_STEPS,
-    "hgru_bptt_k3": SIX_STEPS,
-    "hgru_truncated": SIX_STEPS,
-    "hgru_allsteps": SIX_STEPS,
-    "hgru_cbptt": rates(0.005)
+    "small14_hgru_bptt": SIX_STEPS,
+    "small14_hgru_bptt_k3": SIX_STEPS,
+    "small14_hgru_truncated": SIX_STEPS,
+    "small14_hgru_allsteps": SIX_STEPS,
+    "small14_hgru_cbptt": rates(0.005)
     | gates(12)
-    # What C-RBP has on 14 dashes, apart and together.
-    | {"growth .2": [f"{MODEL}.spectral_weight", "0.2"]}
-    | {"growth .2, up to 1.5N": [f"{MODEL}.spectral_weight", "0.2", f"{MODEL}.step_jitter", "3"]},
-    "hgru_rbp": rates(0.0025, 0.005, 0.02) | gates(24),
-    "feedforward": rates(0.0025, 0.005, 0.02, 0.04),
+    # Where it began.
+    | {"growth 1, up to 3N": settling(1, 2)}
+    | {"growth 1, up to 3N, rate 0.005": [*settling(1, 2), *rates(0.005)["rate 0.005"]]},
+    "small14_hgru_rbp": rates(0.0025, 0.005, 0.02) | gates(24),
+    "small14_feedforward": FEEDFORWARD,
+    "small9_hgru_cbptt": rates(0.005) | gates(12) | {"up to 1.5N": settling(0.2, 0.5)} | {"growth 1": settling(1, 2)},
+    "small9_hgru_rbp": rates(0.0025, 0.005, 0.02) | gates(24),
+    "small9_feedforward": FEEDFORWARD,
 }
 
 
 def analyse(name: str, run: Path) -> bool:
     """Measure F1 on the validation split after every step up to 4N."""
-    f1 = accuracy(run / "weights" / "last.safetensors", TASK)
+    f1 = accuracy(run / "weights" / "last.safetensors", name.split("_")[0])
     (run / "f1.json").write_text(json.dumps(f1))
     return True
 
@@ -67,7 +75,7 @@ def line_of(row: str, tried: str, run: Path) -> dict[str, str]:
     best = max(range(len(f1)), key=f1.__getitem__)
     beyond = {"f1_at_4n": f"{f1[-1]:.4g}", "f1_best": f"{f1[best]:.4g}", "f1_best_at": best + 1} if len(f1) > 1 else {}
     kept = {key: made[key] for key in ("seed", "seconds", "commit", "processor")}
-    line = {"row": f"{TASK}_{row}", "set": tried, "f1_at_n": f"{f1[n - 1]:.4g}", **beyond, **kept}
+    line = {"row": row, "set": tried, "f1_at_n": f"{f1[n - 1]:.4g}", **beyond, **kept}
     return {key: str(line.get(key, "")) for key in COLUMNS}
 
 
@@ -84,8 +92,8 @@ def main() -> None:
         lines = {(each["row"], each["set"]): each for each in csv.DictReader(options.out.read_text().splitlines())}
     for row in options.rows:
         for tried, settings in SETS[row].items():
-            name = f"{TASK}_{row}_{tried.replace(', ', '_').replace(' ', '_')}"
-            train(CONFIGS / f"{TASK}_{row}.yaml", 0, options.runs.resolve(), analyse, name=name, settings=settings)
+            name = f"{row}_{tried.replace(', ', '_').replace(' ', '_')}"
+            train(CONFIGS / f"{row}.yaml", 0, options.runs.resolve(), analyse, name=name, settings=settings)
             run = options.runs / name / "version_0"
             if not (run / "made.json").exists():
                 continue
