@@ -43,13 +43,15 @@ def tables(parts: dict[str, Numbers]) -> dict[str, str]:
 
 
 def kernels(part: Numbers) -> str:
-    """Seconds by size of kernel."""
+    """Seconds by size of kernel, fused and not, each beside the textbook's in turns with it."""
     body = []
     for row in part["rows"]:
-        side, seconds = row["kernel_size"], [_spread(row[name], unit=" s") for name in ("crbp", "textbook")]
-        ratio = _spread(row["speedup"], unit="×", bold=True)
-        body.append([f"{side}×{side}", f"{row['steps']}", *seconds, ratio, WANTED[side]])
-    return markdown(("kernel", "N", "crbp", "textbook", "ratio", "wanted"), body)
+        side = row["kernel_size"]
+        for what, found in (("fused", row), ("not fused", row["not_fused"])):
+            seconds = [_spread(found[name], unit=" s") for name in ("crbp", "textbook")]
+            ratio = _spread(found["speedup"], unit="×", bold=True)
+            body.append([f"{side}×{side}", f"{row['steps']}", what, *seconds, ratio, WANTED[side]])
+    return markdown(("kernel", "N", "", "crbp", "textbook", "ratio", "wanted"), body)
 
 
 def memory(part: Numbers, what: str) -> str:

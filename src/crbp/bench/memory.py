@@ -48,7 +48,8 @@ def _paper(*, quick: bool) -> Numbers:
     """
     paper = TINY if quick else PAPER
     rows = []
-    for fused, batch in ((False, 1), (False, 2)) if quick else ((False, 1), (False, 2), (True, 1), (True, 2)):
+    kinds = ((False, 1), (False, 2), (True, 1), (True, 2), (True, 8))
+    for fused, batch in kinds[:2] if quick else kinds:
         size = replace(paper, batch=batch, fused=fused)
         ours, one = (saved(replace(size, steps=steps), method) for steps, method in ((3, "C-RBP"), (1, "BPTT")))
         row = {"what": f"{'fused' if fused else 'not fused'}, {batch} at a time", "fused": fused, "batch": batch}

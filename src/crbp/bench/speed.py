@@ -87,11 +87,12 @@ def exactness(size: Size) -> Numbers:
 
 def kernels(*, quick: bool, device: str) -> Numbers:
     """The same for the paper's smaller kernels, whose runs are longer there: 300, 100 and 30 steps of 150×150."""
-    base = replace(replace(TINY, image=16) if quick else PAPER, device=device)
+    base, repeats = replace(replace(TINY, image=16) if quick else PAPER, device=device), 2 if quick else 3
     rows = []
     for side, steps in ((3, 300), (5, 100), (9, 30)):
         size = replace(base, kernel_size=side, steps=TINY.steps if quick else steps)
-        rows.append({"kernel_size": side, "steps": size.steps, **Pair.of(size).compare(repeats=2 if quick else 3)})
+        plain = Pair.of(replace(size, fused=False)).compare(repeats)
+        rows.append({"kernel_size": side, "steps": size.steps, **Pair.of(size).compare(repeats), "not_fused": plain})
     return {"size": asdict(base), "rows": rows}
 
 

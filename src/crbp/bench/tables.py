@@ -61,10 +61,13 @@ def images(numbers: Numbers) -> Table:
 
 def kernels(numbers: Numbers) -> Table:
     """Both codes at several kernels."""
-    rows = [[f"{row['kernel_size']}×{row['kernel_size']}", str(row["steps"]), *_pair(row)] for row in numbers["rows"]]
-    size = numbers["size"]
+    size, rows = numbers["size"], []
+    for row in numbers["rows"]:
+        of = [f"{row['kernel_size']}×{row['kernel_size']}", str(row["steps"])]
+        rows.append([*of, "fused" if size["fused"] else "not fused", *_pair(row)])
+        rows.append([*of, "not fused", *_pair(row["not_fused"])])
     title = f"Smaller kernels: {size['batch']} images of {size['image']}×{size['image']}"
-    return _table(title, ("kernel", "N", *_PAIR), rows)
+    return _table(title, ("kernel", "N", "", *_PAIR), rows)
 
 
 def precision(numbers: Numbers) -> Table:
