@@ -2,9 +2,8 @@
 
     python benchmarks/tuning.py small14_hgru_bptt small9_hgru_rbp      # 4 trainings each; resumes what was cut off
 
-A set that the file has is left out.
 On 14 dashes each method has had as many sets as C-RBP, of which the first is the one of its configuration. Writes
-`results/pathfinder/tuning.csv`, a line for each set.
+`results/pathfinder/tuning.csv`, a line for each set; one that the file has is left out.
 """
 
 from __future__ import annotations

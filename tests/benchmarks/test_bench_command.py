@@ -198,3 +198,14 @@ def test_jobs_take_turns():
     assert "".join(order) == "ababab"
     assert [len(each) for each in seconds.values()] == [3, 3]
     assert spread([3.0, 1.0, 2.0]) == {"median": 2.0, "min": 1.0, "max": 3.0, "repeats": 3}
+
+
+def test_without_a_compiler_the_roll_out_says_what_is_needed(monkeypatch):
+    def broken(*_):
+        raise torch._dynamo.exc.BackendCompilerFailed(lambda: None, RuntimeError("no C++ compiler"), None)
+
+    make_cell = devices.make_cell
+    monkeypatch.setattr(devices, "make_cell", lambda *sizes, fused: make_cell(*sizes, fused=False))
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: broken)
+    with pytest.raises(CrbpError, match=r"no C\+\+ compiler.*--only"):
+        devices.rollout(quick=True, device="cpu")

@@ -11,6 +11,7 @@ from torch._dynamo.utils import counters
 
 from crbp.bench.measure import Numbers, forget_compiled, in_turns, make_cell, relative, spread, timed
 from crbp.bench.speed import PAPER, TINY
+from crbp.errors import CrbpError
 from crbp.ops import conv2d, shared_spectra
 from crbp.ops.convolution import Method
 
@@ -101,6 +102,9 @@ def rollout(*, quick: bool, device: str) -> Numbers:
     ``first_seconds`` are those of the first run, which compiles; the compiler's cache on disk shortens it. Where the
     whole is compiled, convolutions are direct. ``cuda_graphs_skipped`` counts what PyTorch would not make a CUDA graph
     of on a GPU.
+
+    Raises:
+        CrbpError: where the cell cannot be compiled.
     """
     size = replace(TINY if quick else PAPER, device=device)
     batches = (size.batch,) if torch.device(device).type == "cpu" else (size.batch, 32)
@@ -120,7 +124,14 @@ def rollout(*, quick: bool, device: str) -> Numbers:
             # The next replay of a CUDA graph writes over what the last one returned.
             "compiled": _steps(lambda state, drive: compiled(state, drive).clone(), drive, size.steps),
         }
-        first = {name: timed(job) for name, job in jobs.items()}
+        try:
+            first = {name: timed(job) for name, job in jobs.items()}
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = str(error).strip().splitlines()[0]
+            raise CrbpError(
+                f"the roll-out cannot be compiled here ({reason}): a C++ compiler is needed, on a GPU Triton; choose "
+                "other parts with --only"
+            ) from error
         seconds = in_turns(jobs, 2 if quick else 10)
         found = {
             name: {
