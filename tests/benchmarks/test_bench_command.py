@@ -207,5 +207,5 @@ def test_without_a_compiler_the_roll_out_says_what_is_needed(monkeypatch):
     make_cell = devices.make_cell
     monkeypatch.setattr(devices, "make_cell", lambda *sizes, fused: make_cell(*sizes, fused=False))
     monkeypatch.setattr(torch, "compile", lambda *_, **__: broken)
-    with pytest.raises(CrbpError, match="Cannot find a working triton.*--only"):
+    with pytest.raises(CrbpError, match=r"Cannot find a working triton.*--only"):
         devices.rollout(quick=True, device="cpu")
