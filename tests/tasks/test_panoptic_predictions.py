@@ -13,6 +13,7 @@ from PIL import Image
 from tiny_contours import LEAF_SPEC
 from tiny_shapes import SHAPES, tiny_data, trainer, true_result
 
+from crbp.data.errors import DataError
 from crbp.data.panoptic import CocoPanoptic, ids_from_rgb, write_shapes
 from crbp.models.panoptic import PanopticResult
 from crbp.tasks import PanopticTask
@@ -50,9 +51,9 @@ def known(height: int, width: int) -> PanopticResult:
     return PanopticResult(panoptic=ids, segments=segments, boxes=none, scores=none, labels=none, masks=none)
 
 
-def predict(results: list[PanopticResult], folder: Path, **settings: Any) -> None:
-    """Write results into the folder `out` as `crbp predict` does."""
-    task = PanopticTask(Answering(results))  # type: ignore[arg-type]
+def predict(results: list[PanopticResult], folder: Path, *, official: str | None = None, **settings: Any) -> None:
+    """Write results into the folder `out` as `crbp predict` does, and in the official form."""
+    task = PanopticTask(Answering(results), results=official)  # type: ignore[arg-type]
     fit = trainer(folder, callbacks=[task.prediction_writer(str(folder / "out"))])
     fit.predict(task, tiny_data(**settings), return_predictions=False)
 
@@ -118,3 +119,51 @@ def test_predictions_of_the_data_are_named_by_the_numbers_of_its_images(tmp_path
         assert {each["id"]: each["area"] for each in found} == dict(
             zip(*(each.tolist() for each in np.unique(ids[ids > 0], return_counts=True)), strict=True)
         )
+
+
+def test_listed_pictures_are_written_in_the_official_form_as_well(tmp_path: Path) -> None:
+    """As for a test split whose labels are not public: of a folder of images those that a JSON lists."""
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for name, size in (("a.jpg", (64, 80)), ("b.jpg", (40, 40)), ("c.jpg", (90, 70))):
+        Image.new("RGB", size, PURPLE).save(pictures / name)
+    listing, official = tmp_path / "image_info.json", tmp_path / "mine.json"
+    listing.write_text(json.dumps({"images": [{"id": 70, "file_name": "c.jpg"}, {"id": 3, "file_name": "a.jpg"}]}))
+    results = [known(70, 90), known(80, 64)]
+    predict(results, tmp_path, official=str(official), predict=str(pictures), predict_list=str(listing))
+    assert {file.stem for file in (tmp_path / "out").glob("*.json")} == {"a", "c"}
+    found = json.loads(official.read_text())["annotations"]
+    assert [(each["image_id"], each["file_name"]) for each in found] == [
+        (70, "000000000070.png"),
+        (3, "000000000003.png"),
+    ]
+    for each, shown in zip(found, (known(70, 90), known(80, 64)), strict=True):
+        assert (ids_of(tmp_path / "mine" / each["file_name"]) == shown.panoptic.numpy()).all()
+        things, stuff = SHAPES.categories.things, SHAPES.categories.stuff
+        assert [part["category_id"] for part in each["segments_info"]] == [things[3], things[0], stuff[1]]
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (None, "lists no images"),
+        ([], "lists no images"),
+        ([{"file_name": "a.png"}], "no file_name in the folder and id"),
+        ([{"file_name": "../a.png", "id": 1}], "no file_name in the folder and id"),
+        ([{"file_name": "a.png", "id": True}], "no file_name in the folder and id"),
+        ([{"file_name": "a.png", "id": 1}, {"file_name": "b.png", "id": 1}], "two images have the id 1"),
+        ([{"file_name": "a.png", "id": 1}, {"file_name": "a.png", "id": 2}], "two images are called a"),
+        ([{"file_name": "a.png", "id": 1}, {"file_name": "b.png", "id": 8}], "the image 8 that .* lists is missing"),
+    ],
+)
+def test_a_list_that_does_not_fit_is_named(images: Any, message: str, tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    listing = tmp_path / "image_info.json"
+    listing.write_text(json.dumps({"images": images}))
+    with pytest.raises(DataError, match=message):
+        tiny_data(predict=str(tmp_path), predict_list=str(listing)).predict_dataloader()
+
+
+def test_a_list_needs_its_folder() -> None:
+    with pytest.raises(ValueError, match="give predict, the folder"):
+        tiny_data(predict_list="image_info.json")

@@ -69,8 +69,8 @@ class PanopticTask(ResumableModule):
             as ``["roi_heads.mask_head."]`` where an R-FPN starts from a Panoptic FPN.
         trained: beginnings of names of what is trained, such as ``["roi_heads.mask_head."]``; all else keeps its
             weights, and the statistics of its norms. Empty for the whole network.
-        results: write what a test finds as COCO's server takes it: this JSON, and PNGs in the folder of the same name.
-            None for nothing. With several processes each writes its own, its rank in the name.
+        results: write what a test or a prediction finds as COCO's server takes it: this JSON, and PNGs in the folder of
+            the same name. None for nothing. With several processes each writes its own, its rank in the name.
 
     Raises:
         ValueError: for values out of range, or ones that do not go together.
@@ -199,6 +199,11 @@ class PanopticTask(ResumableModule):
         self._take_weights(whole=True)
         if self.categories is None:
             self._take(self._data().categories)
+        self._open_results()
+
+    def on_predict_end(self) -> None:
+        """Close the files of the results."""
+        self.on_test_end()
 
     def _data(self) -> Any:
         data = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -246,6 +251,9 @@ class PanopticTask(ResumableModule):
     def on_test_start(self) -> None:
         """Take weights as before validation; open the files of the results, where they are asked for."""
         self._take_weights(whole=True)
+        self._open_results()
+
+    def _open_results(self) -> None:
         if self.results is not None:
             path, rank = Path(self.results), self.trainer.global_rank
             name = path.stem if self.trainer.world_size == 1 else f"{path.stem}_{rank}"
@@ -270,7 +278,11 @@ class PanopticTask(ResumableModule):
 
     def predict_step(self, batch: PanopticBatch, batch_idx: int) -> list[PanopticResult]:
         """What is seen in each image: the panoptic map and the instances in it."""
-        return self._results(batch, merged_only=True)
+        results = self._results(batch, merged_only=True)
+        if self._writer is not None:
+            for result, target in zip(results, batch.targets, strict=True):
+                self._writer.write(target["image_id"], result.panoptic, self.segments(result))
+        return results
 
     def prediction_writer(self, folder: str) -> pl.Callback:
         """What ``crbp predict`` writes the results with."""

@@ -15,11 +15,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from crbp._checks import count
+from crbp.data._foreign import leads_out, read_json, shown
 from crbp.data.panoptic import Augment, Categories, CocoPanoptic, DataError, PanopticDataset, Resize, Target, collate
 from crbp.data.panoptic import Key as ImageKey
 from crbp.data.panoptic._looks import Looks
 from crbp.data.panoptic.dataset import example, scene_truth
 from crbp.data.panoptic.formats import read_image
+from crbp.data.panoptic.records import missing
 from crbp.data.panoptic.transforms import SHORTEST, Transform, view_image
 from crbp.tasks._resume import ResumableData
 from crbp.tasks.data import spare_cores
@@ -229,6 +231,8 @@ class PanopticData(ResumableData):
         longest: limit of the longer side.
         flips: swap left and right of training images with probability ½.
         predict: an image, or a folder of images, to predict; None for those of validation.
+        predict_list: a JSON whose ``images`` tell which files of that folder are meant and the number of each, such as
+            COCO's `image_info_test-dev2017.json`; None for all, numbered in the order of their names.
         workers: processes that make batches beside each training process; 0 makes them in it, None takes one fewer
             than this process may use cores, at most 8, and none where there are two cores or fewer.
         seed: of order, sizes and flips.
@@ -249,11 +253,14 @@ class PanopticData(ResumableData):
         longest: int = 1333,
         flips: bool = True,
         predict: str | None = None,
+        predict_list: str | None = None,
         workers: int | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
         count("batch_size", batch_size)
+        if predict_list is not None and predict is None:
+            raise ValueError(f"predict_list={predict_list!r} lists files of a folder; give predict, the folder")
         if val_size is not None:
             count("val_size", val_size)
         if workers is not None:
@@ -262,6 +269,7 @@ class PanopticData(ResumableData):
         self.augment = Augment(shortest=tuple(shortest), longest=longest, flip=0.5 if flips else 0.0, seed=seed)
         self.resize = Resize(shortest=shortest_test, longest=longest)
         self.predict = None if predict is None else Path(predict)
+        self.predict_list = None if predict_list is None else Path(predict_list)
         self.workers = spare_cores() if workers is None else workers
 
     @property
@@ -296,7 +304,7 @@ class PanopticData(ResumableData):
         """The images to predict in order."""
         if self.predict is None:
             return self.val_dataloader()
-        items = Pictures(self.predict, self.resize)
+        items = Pictures(self.predict, self.resize, self.predict_list)
         return self._ordered(items, len(items))
 
     def _ordered(self, items: Dataset[Any], size: int) -> DataLoader[Any]:
@@ -326,28 +334,32 @@ class ImageSampler(EpochSampler):
 
 
 class Pictures(Dataset[PanopticBatch]):
-    """Images without labels: a file, or all of a folder in the order of their names.
+    """Images without labels: a file, all of a folder in the order of their names, or those of a list.
 
     Raises:
-        DataError: if there are none, one cannot be read, or two would have a prediction of the same name.
+        DataError: if there are none, one is missing or cannot be read, the list is not one, or two would have a
+            prediction of the same name.
     """
 
-    def __init__(self, path: Path, transform: Transform) -> None:
+    def __init__(self, path: Path, transform: Transform, listing: Path | None = None) -> None:
         self.transform = transform
-        if path.is_dir():
+        self.image_ids: Sequence[int] | None = None
+        if listing is not None:
+            self.files, self.image_ids = _listed(path, listing)
+        elif path.is_dir():
             self.files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
             if not self.files:
                 raise DataError(path, "it holds no image", f"give a folder of {', '.join(sorted(SUFFIXES))}")
-            names = Counter(file.stem for file in self.files)
-            if twice := next((name for name in names if names[name] > 1), None):
-                raise DataError(path, f"two images are called {twice}, and so would be what is written", "rename one")
-            if name := next((name for name in names if f"{name}_panoptic" in names), None):
-                what = f"the map of {name} and the picture of {name}_panoptic would both be {name}_panoptic.png"
-                raise DataError(path, what, "rename one")
         elif path.is_file():
             self.files = [path]
         else:
             raise DataError(path, "there is no such file or folder", "give an image or a folder of images")
+        names = Counter(file.stem for file in self.files)
+        if twice := next((name for name in names if names[name] > 1), None):
+            raise DataError(path, f"two images are called {twice}, and so would be what is written", "rename one")
+        if name := next((name for name in names if f"{name}_panoptic" in names), None):
+            what = f"the map of {name} and the picture of {name}_panoptic would both be {name}_panoptic.png"
+            raise DataError(path, what, "rename one")
 
     def __len__(self) -> int:
         return len(self.files)
@@ -358,8 +370,35 @@ class Pictures(Dataset[PanopticBatch]):
         picture = read_image(self.files[index])
         view = self.transform.view(picture.height, picture.width, epoch=0, index=index)
         image = torch.from_numpy(view_image(picture, view)).permute(2, 0, 1).contiguous()
-        target = {"image_id": index + 1, "size": (picture.height, picture.width)}
+        image_id = index + 1 if self.image_ids is None else self.image_ids[index]
+        target = {"image_id": image_id, "size": (picture.height, picture.width)}
         return PanopticBatch([image], [target], files=[self.files[index]])
+
+
+def _listed(folder: Path, listing: Path) -> tuple[list[Path], list[int]]:
+    """The files of a folder that a list names, and their numbers, in its order.
+
+    Raises:
+        DataError: if it is no such list, names a file or a number twice, or one that is not there.
+    """
+    remedy = "give a JSON with images of file_name and id, such as COCO's image_info_test-dev2017.json"
+    content = read_json(listing, remedy)
+    images = content.get("images") if isinstance(content, dict) else None
+    if not isinstance(images, list) or not images:
+        raise DataError(listing, "it lists no images", remedy)
+    found: dict[int, str] = {}
+    for each in images:
+        name, number = (each.get("file_name"), each.get("id")) if isinstance(each, dict) else (None, None)
+        if not isinstance(name, str) or leads_out(name) or type(number) is not int or number < 0:
+            raise DataError(listing, f"{shown(each)} has no file_name in the folder and id", remedy)
+        if number in found:
+            raise DataError(listing, f"two images have the id {number}", remedy)
+        found[number] = name
+    if absent := missing(folder, list(found.values())):
+        more = f", the first of {len(absent)}" if len(absent) > 1 else ""
+        what = f"the image {list(found)[absent[0]]} that {listing} lists is missing{more}"
+        raise DataError(folder / list(found.values())[absent[0]], what, "give the folder that holds it")
+    return [folder / name for name in found.values()], list(found)
 
 
 class _Told(Dataset[PanopticBatch]):
