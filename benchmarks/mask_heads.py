@@ -44,7 +44,7 @@ from crbp.tasks import LipschitzPenalty, PanopticData, load_net
 from crbp.tasks.weights import build
 
 CHANNELS, THINGS = 64, 10
-IMAGES = {"train": 2000, "val": 200}
+TRAINED, HELD_OUT = 2000, 200  # images; of the second there may be more, of which these are the first
 BATCH, RATE = 16, 0.003
 LONG = 30  # steps, beyond all that are trained for
 MOVED = 0.1  # standard deviation of the corners of boxes trained in, in sides of the box
@@ -126,9 +126,9 @@ class Crops:
 
 
 @torch.no_grad()
-def crops(net: PanopticFPN, split: str) -> Crops:
+def crops(net: PanopticFPN, split: str, images: int) -> Crops:
     """What a network pools in the boxes of a split, true ones for ``"val"``, moved a little for ``"train"``."""
-    data = Shapes(128, objects=(3, 7), looks="coloured", zoom=1.6, seed=1, split=split, images=IMAGES[split])
+    data = Shapes(128, objects=(3, 7), looks="coloured", zoom=1.6, seed=1, split=split, images=images)
     generator = torch.Generator().manual_seed(0)
     found = []
     for index in range(len(data)):
@@ -195,9 +195,10 @@ def overlap(head: MaskHead, predictor: MaskPredictor, held_out: Crops) -> float:
     return 100 * float(torch.cat(found).mean())
 
 
-def quality(net: Any, head: MaskHead, predictor: MaskPredictor) -> dict[str, float]:
+def quality(net: Any, head: MaskHead, predictor: MaskPredictor, images: int) -> dict[str, float]:
     """Panoptic quality, in percent, of the network with another mask head, on the held-out images of `shapes_*`."""
     config = yaml.safe_load((CONFIGS / "shapes_fpn.yaml").read_text())
+    config["data"]["init_args"]["source"]["init_args"]["val"] = images
     data = build(PanopticData, config["data"], "the held-out shapes")
     net.roi_heads.mask_head, net.roi_heads.mask_predictor = head, predictor
     counts = [None] if not isinstance(head, RecurrentMaskHead) else [head.steps, LONG]
@@ -212,30 +213,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, required=True, help="of the Panoptic FPN that crops are pooled by")
     parser.add_argument("--updates", type=int, default=1000)
+    parser.add_argument("--images", type=int, default=HELD_OUT, help="to measure on")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--heads", nargs="+", choices=HEADS, default=list(HEADS), metavar="NAME", help="all by default")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "panoptic" / "mask_heads.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
     net: Any = load_net(options.weights).eval()
-    seen, held_out = crops(net, "train"), crops(net, "val")
+    seen, held_out = crops(net, "train", TRAINED), crops(net, "val", options.images)
     rows: list[dict[str, Any]] = json.loads(options.out.read_text()) if options.out.exists() else []
     for seed in options.seeds:
         for name in options.heads:
-            if any((row["head"], row["seed"], row["updates"]) == (name, seed, options.updates) for row in rows):
+            this = {"head": name, "seed": seed, "updates": options.updates, "images": options.images}
+            if any(this == {key: row[key] for key in this} for row in rows):
                 continue
             start = time.process_time()
             head, predictor, found = train(HEADS[name], seen, options.updates, seed)
             seconds = round(time.process_time() - start)
             rows.append(
                 {
-                    "head": name,
-                    "seed": seed,
-                    "updates": options.updates,
+                    **this,
                     "parameters": sum(parameter.numel() for parameter in head.parameters()),
                     **found,
                     "iou": round(overlap(head, predictor, held_out), 2),
-                    **quality(net, head, predictor),
+                    **quality(net, head, predictor, options.images),
                     "seconds": seconds,
                     **environment(),
                 }
