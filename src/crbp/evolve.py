@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -25,7 +26,8 @@ from crbp._tree import (
 from crbp.errors import DivergenceError, DivergenceWarning, SettingsError
 from crbp.gradients import BPTT, BackwardReport, GradientMethod, Recurrence
 from crbp.ops import shared_spectra
-from crbp.ops.fused import pullbacks_anew
+from crbp.ops._anew import computed_anew
+from crbp.ops.fused import fused_calls
 from crbp.solvers import StopReason
 
 
@@ -61,6 +63,7 @@ class Run:
     _step: LeafStep = field(repr=False)
     _previous: Leaves = field(repr=False)
     _last: Leaves = field(repr=False)
+    _fused: bool = field(default=False, repr=False)
 
     def last_step(self) -> tuple[Leaves, Leaves]:
         """The leaves of the state before the last step and after it; the latter on the graph of that step, if any.
@@ -99,8 +102,9 @@ class Run:
                 outputs = self._step(start)
 
         def product(vector: Leaves) -> Leaves:
-            with pullbacks_anew():
-                return vector_jacobian(outputs, start, vector, create_graph=live and torch.is_grad_enabled())
+            recorded = live and torch.is_grad_enabled()
+            with computed_anew() if recorded and self._fused else nullcontext():
+                return vector_jacobian(outputs, start, vector, create_graph=recorded)
 
         return start, product
 
@@ -160,6 +164,7 @@ class Evolve:
         def record(backward: BackwardReport) -> None:
             report.backward = backward
 
+        before = fused_calls()
         with shared_spectra():
             rolled = self.gradient(
                 Recurrence(step=on_leaves, start=start, steps=self.steps, tolerance=self.tolerance, record=record)
@@ -175,6 +180,7 @@ class Evolve:
             _step=on_leaves,
             _previous=rolled.previous,
             _last=rolled.last,
+            _fused=fused_calls() > before,
         )
 
     def _diverged(self, step: LeafStep, start: Leaves, steps: int) -> None:

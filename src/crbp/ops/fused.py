@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from crbp.ops._anew import Recomputed, saved_by, without_hooks
 from crbp.ops._engine import wanted
 from crbp.ops._linear import Linear, linearise
 
@@ -60,6 +61,7 @@ class Fused:
         """The function of ``tensors``."""
         if not _Compiler.works:
             return self.function(*tensors)
+        _calls.count += 1
         # Of a leaf the engine may not tell whether its gradient is needed; of a view it does.
         tensors = tuple(each.view_as(each) if each.is_leaf and each.requires_grad else each for each in tensors)
         result: Tensor = _Value.apply(self, *tensors)
@@ -99,7 +101,7 @@ class Fused:
 
     def _run(self, name: Any, function: Callable[..., Any], *tensors: Tensor) -> Any:
         if not _Compiler.works:
-            return function(*tensors)
+            return _as_it_is(function, tensors)
         # Without a history all calls look the same to the compiler.
         tensors = tuple(each.detach() for each in tensors)
         key = name, _signature(tensors)
@@ -108,7 +110,7 @@ class Fused:
             if key in self._compiled:
                 return self._compiled[key](*tensors)
             if self._is_full(name[:2]):
-                return function(*tensors)
+                return _as_it_is(function, tensors)
             return self._first_run(key, function, tensors)
 
     def _is_full(self, what: Any) -> bool:
@@ -129,16 +131,33 @@ class Fused:
         except torch._dynamo.exc.TorchDynamoException as error:  # also where a GPU is too old, or Triton missing
             _Compiler.give_up(error)
             self._compiled[key] = function
-            return function(*tensors)
+            return _as_it_is(function, tensors)
         finally:
             spent = time.perf_counter() - start
             self.compile_seconds += spent
             _Compiler.seconds += spent
 
 
+def _as_it_is(function: Callable[..., Any], tensors: tuple[Tensor, ...]) -> Any:
+    with without_hooks():
+        return function(*tensors)
+
+
 def _signature(tensors: Sequence[Tensor]) -> Signature:
     """What a compiled function is compiled for."""
     return torch.get_num_threads(), *((each.shape, each.stride(), each.dtype, each.device) for each in tensors)
+
+
+class _Calls(threading.local):
+    count = 0
+
+
+_calls = _Calls()
+
+
+def fused_calls() -> int:
+    """How many fused functions this thread has called so far."""
+    return _calls.count
 
 
 @dataclass
@@ -163,71 +182,6 @@ def repeated_products() -> Iterator[None]:
         yield
     finally:
         _repeated.maps = before
-
-
-@contextmanager
-def pullbacks_anew() -> Iterator[None]:
-    """Save no gradient that a `Fused` computes within this context: where it is needed, it is computed anew.
-
-    Such a gradient is of the size of a state, is saved by the convolution that it goes to, and follows from tensors
-    that are saved anyway. What is saved besides is handed to whatever hooks on saved tensors are set already.
-    """
-    engine: Any = torch._C._autograd
-    if not engine._saved_tensors_hooks_is_enabled():
-        yield
-        return
-    pack, unpack = engine._top_saved_tensors_default_hooks(False) or (_pack, _unpack)
-
-    def packed(tensor: Tensor) -> Any:
-        return _Anew.of(tensor) or pack(tensor)
-
-    def unpacked(kept: Any) -> Tensor:
-        found: Tensor = kept.tensor() if isinstance(kept, _Anew) else unpack(kept)
-        return found
-
-    with torch.autograd.graph.saved_tensors_hooks(packed, unpacked):
-        yield
-
-
-def _pack(tensor: Tensor) -> tuple[Tensor, int]:
-    return tensor.detach(), tensor._version
-
-
-def _unpack(kept: tuple[Tensor, int]) -> Tensor:
-    tensor, version = kept
-    if tensor._version != version:  # which PyTorch asks of what it keeps without hooks
-        raise RuntimeError(
-            "a tensor needed for the gradient of a penalty has been modified in place (a parameter by an optimiser's "
-            f"step?): its version is {tensor._version}, not {version}; call backward() before"
-        )
-    return tensor
-
-
-@dataclass(frozen=True)
-class _Anew:
-    """A gradient that a node of `_Pullback` computes, or a view of it, in place of the tensor."""
-
-    node: Any
-    place: int
-    layout: Any  # sizes, strides, and the offset in the gradient
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> _Anew | None:
-        """What stands for a tensor, if it is one that can be computed anew."""
-        base = tensor._base if tensor._is_view() else tensor
-        if base is None or getattr(base.grad_fn, "_forward_cls", None) is not _Pullback or not base.is_contiguous():
-            return None
-        offset = tensor.storage_offset() - base.storage_offset()
-        return cls(base.grad_fn, base.output_nr, (tensor.shape, tensor.stride(), offset))
-
-    def tensor(self) -> Tensor:
-        node = self.node
-        if node.anew is None:  # until the node's own backward pass, which is later
-            node.given = _dense(node.saved_tensors)
-            node.anew = node.fused.pullback(node.asked, *node.given)
-        whole: Tensor = node.anew[self.place].contiguous()
-        sizes, strides, offset = self.layout
-        return whole.as_strided(sizes, strides, whole.storage_offset() + offset)
 
 
 def _traced(function: Callable[..., Any], tensors: Sequence[Tensor]) -> fx.GraphModule:
@@ -393,7 +347,7 @@ class _Value(torch.autograd.Function):
         return None, *_filled(len(tensors), asked, found)
 
 
-class _Pullback(torch.autograd.Function):
+class _Pullback(Recomputed):
     @staticmethod
     def forward(fused: Fused, asked: Indices, *tensors: Tensor) -> tuple[Tensor, ...]:
         return fused.pullback(asked, *_dense(tensors))
@@ -401,17 +355,19 @@ class _Pullback(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.fused, ctx.asked, *tensors = inputs
-        ctx.given = ctx.anew = None
         ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def outputs(ctx: Any, saved: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        found: tuple[Tensor, ...] = ctx.fused.pullback(ctx.asked, *_dense(saved))
+        return found
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             # Raised at once: `once_differentiable` would be passed over by `torch.autograd.grad` with named inputs.
             raise NotImplementedError("a fused function has two derivatives, not three; choose fused=False")
-        # Not unpacked once more where they have been: `torch.utils.checkpoint` allows it once.
-        tensors = _dense(ctx.saved_tensors) if ctx.given is None else ctx.given
-        ctx.given = ctx.anew = None
+        tensors = _dense(saved_by(ctx))
         then = _places(wanted(ctx, len(tensors), first=2))
         found = ctx.fused.second(ctx.asked, then, *(each.contiguous() for each in gradients), *tensors)
         return None, None, *_filled(len(tensors), then, found)
