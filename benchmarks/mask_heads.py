@@ -44,7 +44,7 @@ from crbp.tasks import LipschitzPenalty, PanopticData, load_net
 from crbp.tasks.weights import build
 
 CHANNELS, THINGS = 64, 10
-TRAINED, HELD_OUT = 2000, 200  # images; of the second there may be more, of which these are the first
+TRAINED, HELD_OUT = 2000, 200  # images; --images asks for more held-out ones, of which these are the first
 BATCH, RATE = 16, 0.003
 LONG = 30  # steps, beyond all that are trained for
 MOVED = 0.1  # standard deviation of the corners of boxes trained in, in sides of the box

@@ -35,7 +35,8 @@ COLUMNS = (
     "saved_mib", "commit",
 )  # fmt: skip
 FILES = ("mask_heads", "overfit", "cost")
-FEW, FEW_IMAGES = 1000, 200  # updates of a mask head trained alone, and images that it is measured on
+FEW = 1000  # updates of a mask head trained alone
+FEW_IMAGES, MORE_IMAGES = 200, 1000  # that it is measured on
 LEARNT = ("pq", "pq_things", "pq_stuff", "rq", "box_ap", "mask_ap")
 NETS = ("Panoptic FPN", "R-FPN, N = 20")
 SPREAD = ("median", "min", "max")
@@ -194,9 +195,9 @@ def tables(folder: Path) -> dict[str, str]:
         "memory": memory_table(cost["memory"]),
         "time": time_table(cost),
         "shapes": table(read(folder / "table.csv")),
-        "heads": heads_table(row for row in heads if row["updates"] <= FEW),
+        "heads": heads_table(row for row in heads if row["updates"] <= FEW and row["images"] == FEW_IMAGES),
         "heads_long": heads_table(row for row in heads if row["updates"] > FEW and row["images"] == FEW_IMAGES),
-        "heads_more": heads_table(row for row in heads if row["images"] > FEW_IMAGES),
+        "heads_more": heads_table(row for row in heads if row["images"] == MORE_IMAGES),
     }
 
 

@@ -47,7 +47,7 @@ def kernels(part: Numbers) -> str:
     body = []
     for row in part["rows"]:
         side = row["kernel_size"]
-        for what, found in (("fused", row), ("not fused", row["not_fused"])):
+        for what, found in (("fused" if part["size"]["fused"] else "not fused", row), ("not fused", row["not_fused"])):
             seconds = [_spread(found[name], unit=" s") for name in ("crbp", "textbook")]
             ratio = _spread(found["speedup"], unit="×", bold=True)
             body.append([f"{side}×{side}", f"{row['steps']}", what, *seconds, ratio, WANTED[side]])

@@ -1,8 +1,8 @@
-"""The same effort for all methods: other settings for them than those of their configurations.
+"""Further settings for each method, so that all have as many tries: others than those of the configurations.
 
     python benchmarks/tuning.py small14_hgru_bptt small9_hgru_rbp      # 4 trainings each; resumes what was cut off
 
-On 14 dashes each method has had as many sets as C-RBP, of which the first is the one of its configuration. Writes
+C-RBP had five sets on 14 dashes; with the one of the configuration these are five each. Writes
 `results/pathfinder/tuning.csv`, a line for each set; one that the file has is left out.
 """
 
@@ -12,8 +12,10 @@ import argparse
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 from _kept import FOLDER
 from _runs import ROOT, train
 from pathfinder import CONFIGS, accuracy
@@ -49,12 +51,15 @@ SETS: dict[str, dict[str, list[str]]] = {
     "small14_hgru_allsteps": SIX_STEPS,
     "small14_hgru_cbptt": rates(0.005)
     | gates(12)
-    # Where it began.
+    # The settings of its configuration until a97a331, and with them the rate.
     | {"growth 1, up to 3N": settling(1, 2)}
     | {"growth 1, up to 3N, rate 0.005": [*settling(1, 2), *rates(0.005)["rate 0.005"]]},
     "small14_hgru_rbp": rates(0.0025, 0.005, 0.02) | gates(24),
     "small14_feedforward": FEEDFORWARD,
-    "small9_hgru_cbptt": rates(0.005) | gates(12) | {"up to 1.5N": settling(0.2, 0.5)} | {"growth 1": settling(1, 2)},
+    "small9_hgru_cbptt": rates(0.005)
+    | gates(12)
+    | {"up to 1.5N": settling(0.2, 0.5)[2:]}
+    | {"growth 1": settling(1, 2)[:2]},
     "small9_hgru_rbp": rates(0.0025, 0.005, 0.02) | gates(24),
     "small9_feedforward": FEEDFORWARD,
 }
@@ -65,6 +70,27 @@ def analyse(name: str, run: Path) -> bool:
     f1 = accuracy(run / "weights" / "last.safetensors", name.split("_")[0])
     (run / "f1.json").write_text(json.dumps(f1))
     return True
+
+
+def check(made: dict[str, Any], config: Path, settings: list[str]) -> None:
+    """Raise SystemExit unless a run has these settings and otherwise those of the configuration, the data's apart."""
+    wanted = yaml.safe_load(config.read_text())
+    for option, value in zip(settings[::2], settings[1::2], strict=True):
+        *path, last = option.removeprefix("--").split(".")
+        place = wanted
+        for key in path:
+            place = place[key]
+        place[last] = type(place[last])(value)
+    if where := differing(wanted["model"], made["model"]):
+        raise SystemExit(f"a run of {config.stem} has another {where} than is asked for; give another folder of runs")
+
+
+def differing(wanted: Any, made: Any, where: str = "model") -> str | None:
+    """The first place at which a configuration has what a run has not."""
+    if isinstance(wanted, dict):
+        found = (differing(value, (made or {}).get(key), f"{where}.{key}") for key, value in wanted.items())
+        return next((each for each in found if each is not None), None)
+    return None if wanted == made else where
 
 
 def line_of(row: str, tried: str, run: Path) -> dict[str, str]:
@@ -99,6 +125,7 @@ def main() -> None:
             run = options.runs / name / "version_0"
             if not (run / "made.json").exists():
                 continue
+            check(yaml.safe_load((run / "config.yaml").read_text()), CONFIGS / f"{row}.yaml", settings)
             line = line_of(row, tried, run)
             lines[line["row"], tried] = line
             with options.out.open("w", newline="") as out:

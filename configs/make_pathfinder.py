@@ -51,7 +51,7 @@ SMALL_STEPS = {
 }  # N of the methods that need a steady state, by length of contour; the others take 6
 SMALL_LEAD_IN = {5: {3: 1_280}, 9: {3: 1_280, 6: 2_560}, 14: {3: 1_280, 6: 2_560, 10: 2_560}}  # dashes: images
 SMALL_SIZE = {5: 8_000, 9: 12_800, 14: 16_000}  # images seen in training
-# What makes long contours settle is weaker, or the model arrives after N (with 14 dashes its gates are faster, too).
+# What makes a state settle is weaker with long contours, or the model arrives after N.
 SMALL_SETTLING = {5: {}, 9: {"growth": 0.2}, 14: {"growth": 0.2, "beyond": 0.5}}
 SMALL_LONG = 24_000  # images seen where training goes on
 SMALL_SIDES = {5: {3: 20, 5: 12, 9: 8}, 14: {3: 48}}  # steps of C-RBP for each length of contour and kernel size

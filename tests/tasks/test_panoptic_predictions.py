@@ -15,6 +15,7 @@ from tiny_shapes import SHAPES, tiny_data, trainer, true_result
 
 from crbp.data.errors import DataError
 from crbp.data.panoptic import CocoPanoptic, ids_from_rgb, write_shapes
+from crbp.errors import SettingsError
 from crbp.models.panoptic import PanopticResult
 from crbp.tasks import PanopticTask
 
@@ -164,6 +165,34 @@ def test_a_list_that_does_not_fit_is_named(images: Any, message: str, tmp_path: 
         tiny_data(predict=str(tmp_path), predict_list=str(listing)).predict_dataloader()
 
 
-def test_a_list_needs_its_folder() -> None:
+def test_a_list_needs_its_folder(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"there is no such folder, of which .* lists images"):
+        tiny_data(predict=str(tmp_path / "none"), predict_list=str(tmp_path / "image_info.json")).predict_dataloader()
     with pytest.raises(ValueError, match="give predict, the folder"):
         tiny_data(predict_list="image_info.json")
+
+
+def test_results_do_not_take_the_place_of_pictures(tmp_path: Path) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    Image.new("RGB", (64, 80), PURPLE).save(pictures / "000000000001.png")
+    with pytest.raises(SettingsError, match="holds the pictures"):
+        predict([known(80, 64)], tmp_path, official=str(tmp_path / "pictures.json"), predict=str(pictures))
+    listing = tmp_path / "mine.json"
+    listing.write_text(json.dumps({"images": [{"id": 1, "file_name": "000000000001.png"}]}))
+    with pytest.raises(SettingsError, match="is the list of the pictures"):
+        predict([known(80, 64)], tmp_path, official=str(listing), predict=str(pictures), predict_list=str(listing))
+
+
+def test_results_of_a_prediction_that_failed_do_not_come_back(tmp_path: Path) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    Image.new("RGB", (64, 80), PURPLE).save(pictures / "a.png")
+    (pictures / "b.png").write_bytes(b"no picture")
+    task = PanopticTask(Answering([known(80, 64)] * 3), results=str(tmp_path / "mine.json"))  # type: ignore[arg-type]
+    with pytest.raises(DataError):
+        trainer(tmp_path).predict(task, tiny_data(predict=str(pictures)), return_predictions=False)
+    assert not (tmp_path / "mine.json").exists()
+    Image.new("RGB", (64, 80), PURPLE).save(pictures / "b.png")
+    trainer(tmp_path).predict(task, tiny_data(predict=str(pictures)), return_predictions=False)
+    assert len(json.loads((tmp_path / "mine.json").read_text())["annotations"]) == 2

@@ -126,11 +126,10 @@ def rollout(*, quick: bool, device: str) -> Numbers:
         }
         try:
             first = {name: timed(job) for name, job in jobs.items()}
-        except torch._dynamo.exc.TorchDynamoException as error:
-            reason = str(error).strip().splitlines()[0]
+        except (torch._dynamo.exc.BackendCompilerFailed, torch._inductor.exc.TritonMissing) as error:
             raise CrbpError(
-                f"the roll-out cannot be compiled here ({reason}): a C++ compiler is needed, on a GPU Triton; choose "
-                "other parts with --only"
+                f"the roll-out cannot be compiled here ({str(error).strip()}): a C++ compiler is needed, on a GPU "
+                "Triton; choose other parts with --only"
             ) from error
         seconds = in_turns(jobs, 2 if quick else 10)
         found = {

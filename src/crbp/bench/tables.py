@@ -65,7 +65,8 @@ def kernels(numbers: Numbers) -> Table:
     for row in numbers["rows"]:
         of = [f"{row['kernel_size']}×{row['kernel_size']}", str(row["steps"])]
         rows.append([*of, "fused" if size["fused"] else "not fused", *_pair(row)])
-        rows.append([*of, "not fused", *_pair(row["not_fused"])])
+        if "not_fused" in row:
+            rows.append([*of, "not fused", *_pair(row["not_fused"])])
     title = f"Smaller kernels: {size['batch']} images of {size['image']}×{size['image']}"
     return _table(title, ("kernel", "N", "", *_PAIR), rows)
 

@@ -24,17 +24,17 @@ if TYPE_CHECKING:
         CocoFiles,
         CocoSource,
         GeneratedShapes,
-        PanopticBatch,
         PanopticData,
         PanopticSource,
     )
+    from crbp.tasks.panoptic_pictures import PanopticBatch
     from crbp.tasks.panoptic_predictions import PanopticPredictionWriter
 
 _PANOPTIC = {  # found when asked for: contour tracing does without torchvision, whose import takes seconds
     **dict.fromkeys(
-        ("Coco", "CocoFiles", "CocoSource", "GeneratedShapes", "PanopticBatch", "PanopticData", "PanopticSource"),
-        "panoptic_data",
+        ("Coco", "CocoFiles", "CocoSource", "GeneratedShapes", "PanopticData", "PanopticSource"), "panoptic_data"
     ),
+    "PanopticBatch": "panoptic_pictures",
     "PanopticPredictionWriter": "panoptic_predictions",
     "PanopticTask": "panoptic",
 }

@@ -19,7 +19,7 @@ from crbp.errors import SettingsError
 from crbp.models.panoptic import PanopticResult
 
 if TYPE_CHECKING:
-    from crbp.tasks.panoptic_data import PanopticBatch
+    from crbp.tasks.panoptic_pictures import PanopticBatch
 
 
 class PanopticPredictionWriter(BasePredictionWriter):
