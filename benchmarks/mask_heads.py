@@ -66,10 +66,11 @@ class Convolutions(MaskRCNNHeads, MaskHead):
 
 @dataclass(frozen=True)
 class Trial:
-    """A head, and what is added to its loss for the last step of its run."""
+    """A head, what is added to its loss for the last step of its run, and β₂ of the optimiser."""
 
     build: Callable[[], MaskHead]
     penalty: LipschitzPenalty | None = None
+    beta2: float = 0.999
 
 
 def convolutions(depth: int) -> Trial:
@@ -107,6 +108,14 @@ HEADS = {
     "R-FPN, C-RBP, 5 steps, scales start at 1, gates of 3, a tenth of the penalty, 4 terms": c_rbp(
         5, WEAKER, terms=4, norm_scale=1.0, horizon=3
     ),
+}
+# As for contour tracing, where squared gradients are remembered for less long.
+HEADS |= {
+    f"{name}, β₂ .99": replace(HEADS[name], beta2=0.99)
+    for name in (
+        "4 convolutions (Panoptic FPN)",
+        "R-FPN, C-RBP, 5 steps, scales start at 1, gates of 3, a tenth of the penalty, 4 terms",
+    )
 }
 
 
@@ -157,7 +166,7 @@ def train(trial: Trial, seen: Crops, updates: int, seed: int) -> tuple[MaskHead,
     torch.manual_seed(seed)
     head, predictor = trial.build(), MaskPredictor(CHANNELS, THINGS)
     parameters = [*head.parameters(), *predictor.parameters()]
-    optimizer = torch.optim.AdamW(parameters, RATE)
+    optimizer = torch.optim.AdamW(parameters, RATE, betas=(0.9, trial.beta2))
     rate = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda update: min(1.0, (update + 1) / 100) * 0.1 ** ((update >= 0.6 * updates) + (update >= 0.9 * updates)),
