@@ -16,7 +16,7 @@ from _runs import ROOT
 from _tables import markdown, with_tables
 
 Numbers = dict[str, Any]
-FILES = ("bench", "kernels", "memory", "solvers")
+FILES = ("bench", "kernels", "memory", "solvers", "scaling")
 STEPS = (5, 20, 100, 500)
 PRODUCTS = (1, 3, 6, 10, 15, 20, 30, 40)
 METHODS = {
@@ -38,7 +38,7 @@ def tables(parts: dict[str, Numbers]) -> dict[str, str]:
         "f1": time_to_f1(parts["bench"]["time_to_f1"]),
         "precision": precision(parts["bench"]["precision"]),
         "solvers": solvers(parts["solvers"]["solvers"]),
-        "scaling": scaling(parts["kernels"]["scaling"]),
+        "scaling": scaling(parts["scaling"]["scaling"]),
     }
 
 
