@@ -54,7 +54,8 @@ COLOURS = dict(
 )
 LATE = {
     "settled": "cured, growth bounded by N", "long": "cured, growth bounded by .95",
-    "fixed": "cured, number of steps fixed", "plain": "penalty alone", "published": "as published",
+    "fixed": "cured, number of steps fixed", "plain": "penalty alone", "clipped": "penalty alone, clipped",
+    "falling": "penalty alone, falling rate", "published": "as published",
     "published_5x": "as published, 72 000 images",
 }  # fmt: skip
 VARIANTS = {
@@ -461,7 +462,9 @@ def training(rows: Sequence[Row]) -> Figure:
 
 def late(rows: Sequence[Row]) -> Figure:
     """The same for C-RBP trained on for long, with what keeps it stable and without, every seed."""
-    colours = dict(zip(LATE, ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7"), strict=True))
+    colours = dict(
+        zip(LATE, ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#F0E442", "#999999", "#D55E00", "#CC79A7"), strict=True)
+    )
     shown = [(row, colours[row.line["variant"]]) for row in rows if row.line["variant"] in LATE]
     figure = _through_training(shown)
     found = {row.line["variant"] for row, _ in shown}

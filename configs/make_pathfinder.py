@@ -276,6 +276,8 @@ def long_rows() -> Iterator[tuple[str, str, dict[str, Any]]]:
         task={**cured.task, "schedule": "constant", "warmup": 0.0},
         contracting=PAPER.contracting,
     )
+    clipped = replace(plain, trainer=cured.trainer)
+    falling = replace(plain, task=cured.task)
     fixed = replace(cured, contracting={**PAPER.contracting, "penalty_ramp": cured.contracting["penalty_ramp"]})
     published = replace(
         PAPER, channels=cured.channels, trainer=plain.trainer, terms=cured.terms, data=cured.data, fused=True
@@ -288,6 +290,8 @@ def long_rows() -> Iterator[tuple[str, str, dict[str, Any]]]:
         ("settled", settled, "trained on, with what leaves a sixth of what moves at N at 4N"),
         ("fixed", fixed, "trained on without drawn numbers of steps and without penalties on residual and growth"),
         ("plain", plain, "trained on at a constant rate, without clipping and what makes the state settle"),
+        ("clipped", clipped, "trained on as plain, but with clipping"),
+        ("falling", falling, "trained on as plain, but at a falling rate"),
         ("published", published, as_published),
         ("published_5x", longer, f"{as_published}; for three times the images"),
     ):
