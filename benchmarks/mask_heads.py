@@ -24,7 +24,7 @@ import yaml
 from _runs import ROOT
 from _tables import with_tables
 from panoptic import CONFIGS, iou, measure
-from panoptic_results import tables
+from panoptic_results import FEW_IMAGES, tables
 from torch import Tensor
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
 
@@ -44,7 +44,7 @@ from crbp.tasks import LipschitzPenalty, PanopticData, load_net
 from crbp.tasks.weights import build
 
 CHANNELS, THINGS = 64, 10
-TRAINED, HELD_OUT = 2000, 200  # images; --images asks for more held-out ones, of which these are the first
+TRAINED = 2000  # images
 BATCH, RATE = 16, 0.003
 LONG = 30  # steps, beyond all that are trained for
 MOVED = 0.1  # standard deviation of the corners of boxes trained in, in sides of the box
@@ -222,7 +222,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, required=True, help="of the Panoptic FPN that crops are pooled by")
     parser.add_argument("--updates", type=int, default=1000)
-    parser.add_argument("--images", type=int, default=HELD_OUT, help="to measure on")
+    parser.add_argument("--images", type=int, default=FEW_IMAGES, help="to measure on; the first are always these")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--heads", nargs="+", choices=HEADS, default=list(HEADS), metavar="NAME", help="all by default")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "panoptic" / "mask_heads.json")

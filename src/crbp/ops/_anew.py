@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,9 +18,9 @@ class Recomputed(torch.autograd.Function):
     """A function whose outputs follow from the tensors that it saves; see `computed_anew`."""
 
     @staticmethod
+    @abstractmethod
     def outputs(ctx: Any, saved: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The outputs, from ``ctx.saved_tensors``, without a graph."""
-        raise NotImplementedError
 
 
 @contextmanager

@@ -72,9 +72,9 @@ class Fused:
         result: Tensor = self._run(("value", ()), self.function, *tensors)
         return result
 
-    def pullback(self, asked: Indices, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def pullback(self, asked: Indices, gradient: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Of ``g, x…`` the gradients ``gᵀ ∂f/∂x`` for the arguments ``asked``, without a graph."""
-        return tuple(self._run(("pullback", asked), _first(self.function, asked), *tensors))
+        return tuple(self._run(("pullback", asked), _first(self.function, asked), gradient.contiguous(), *tensors))
 
     def linearised(self, asked: Indices, *tensors: Tensor) -> Callable[[Tensor], tuple[Tensor, ...]]:
         """The same as a function of ``g`` alone, all computed and kept that depends on ``x…`` only."""
@@ -350,7 +350,7 @@ class _Value(torch.autograd.Function):
 class _Pullback(Recomputed):
     @staticmethod
     def forward(fused: Fused, asked: Indices, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return fused.pullback(asked, *_dense(tensors))
+        return fused.pullback(asked, *tensors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -359,7 +359,7 @@ class _Pullback(Recomputed):
 
     @staticmethod
     def outputs(ctx: Any, saved: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        found: tuple[Tensor, ...] = ctx.fused.pullback(ctx.asked, *_dense(saved))
+        found: tuple[Tensor, ...] = ctx.fused.pullback(ctx.asked, *saved)
         return found
 
     @staticmethod
@@ -367,15 +367,11 @@ class _Pullback(Recomputed):
         if torch.is_grad_enabled():
             # Raised at once: `once_differentiable` would be passed over by `torch.autograd.grad` with named inputs.
             raise NotImplementedError("a fused function has two derivatives, not three; choose fused=False")
-        tensors = _dense(saved_by(ctx))
-        then = _places(wanted(ctx, len(tensors), first=2))
-        found = ctx.fused.second(ctx.asked, then, *(each.contiguous() for each in gradients), *tensors)
-        return None, None, *_filled(len(tensors), then, found)
-
-
-def _dense(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The same with the first, a gradient, laid out: it is saved as it came, such as one number for all."""
-    return tensors[0].contiguous(), *tensors[1:]
+        gradient, *arguments = saved_by(ctx)
+        then = _places(wanted(ctx, 1 + len(arguments), first=2))
+        vectors = (each.contiguous() for each in (*gradients, gradient))
+        found = ctx.fused.second(ctx.asked, then, *vectors, *arguments)
+        return None, None, *_filled(1 + len(arguments), then, found)
 
 
 def _places(flags: tuple[bool, ...]) -> Indices:

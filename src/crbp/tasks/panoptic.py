@@ -24,7 +24,7 @@ from crbp.models import RFPN, PanopticFPN
 from crbp.models.panoptic import PanopticResult, load_weights
 from crbp.tasks._backward import log_backward
 from crbp.tasks._resume import ResumableModule
-from crbp.tasks.panoptic_pictures import PanopticBatch, Truth
+from crbp.tasks.panoptic_pictures import PanopticBatch, Truth, check_apart
 from crbp.tasks.weights import WeightsError, load_net, trusted_packages
 
 Optimizer = Literal["sgd", "adamw"]
@@ -201,15 +201,6 @@ class PanopticTask(ResumableModule):
             self._take(self._data().categories)
         self._open_results()
 
-    def _refuse_to_replace(self, results: Path) -> None:
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        pictures, listing = (getattr(data, name, None) for name in ("predict", "predict_list"))
-        folder = results.with_suffix("").resolve()
-        if pictures is not None and folder in (pictures.resolve(), pictures.resolve().parent):
-            raise crbp.SettingsError(f"{folder} holds the pictures, which would be written over; choose other results")
-        if listing is not None and results.resolve() == listing.resolve():
-            raise crbp.SettingsError(f"{results} is the list of the pictures; choose other results")
-
     def on_predict_end(self) -> None:
         """Close the files of the results."""
         self.on_test_end()
@@ -266,7 +257,10 @@ class PanopticTask(ResumableModule):
         self._files.pop_all()  # of a run that failed, whose JSON is not to be written
         if self.results is not None:
             path, rank = Path(self.results), self.trainer.global_rank
-            self._refuse_to_replace(path)
+            pictures, listing = (getattr(self._data(), name, None) for name in ("predict", "predict_list"))
+            check_apart(path.with_suffix(""), pictures)
+            if listing is not None and path.resolve() == listing.resolve():
+                raise crbp.SettingsError(f"{path} is the list of the pictures; choose other results")
             name = path.stem if self.trainer.world_size == 1 else f"{path.stem}_{rank}"
             self._writer = self._files.enter_context(PanopticWriter(path.with_name(f"{name}.json")))
 

@@ -17,6 +17,7 @@ from crbp.data.panoptic import Key as ImageKey
 from crbp.data.panoptic.formats import read_image
 from crbp.data.panoptic.records import missing
 from crbp.data.panoptic.transforms import Transform, view_image
+from crbp.errors import SettingsError
 
 SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 Truth = tuple[Tensor, list[dict[str, Any]]]
@@ -79,6 +80,12 @@ class Pictures(Dataset[PanopticBatch]):
         image_id = index + 1 if self.image_ids is None else self.image_ids[index]
         target = {"image_id": image_id, "size": (picture.height, picture.width)}
         return PanopticBatch([image], [target], files=[self.files[index]])
+
+
+def check_apart(folder: Path, pictures: Path | None) -> None:
+    """Raise SettingsError if what is written to a folder could take the place of the pictures to predict."""
+    if pictures is not None and folder.resolve() in (pictures.resolve(), pictures.resolve().parent):
+        raise SettingsError(f"{folder} holds the pictures, which would be written over; give another folder")
 
 
 def _listed(folder: Path, listing: Path) -> tuple[list[Path], list[int]]:

@@ -15,8 +15,8 @@ from PIL import Image
 from crbp._files import write_whole
 from crbp.analysis.overlay import overlay
 from crbp.data.panoptic import Categories, png, read_image, rgb_from_ids
-from crbp.errors import SettingsError
 from crbp.models.panoptic import PanopticResult
+from crbp.tasks.panoptic_pictures import check_apart
 
 if TYPE_CHECKING:
     from crbp.tasks.panoptic_pictures import PanopticBatch
@@ -39,9 +39,7 @@ class PanopticPredictionWriter(BasePredictionWriter):
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse to write over the pictures."""
-        pictures: Path | None = getattr(trainer.datamodule, "predict", None)  # type: ignore[attr-defined]
-        if pictures is not None and self.folder.resolve() in (pictures.resolve(), pictures.resolve().parent):
-            raise SettingsError(f"{self.folder} holds the pictures, which would be written over; give another folder")
+        check_apart(self.folder, getattr(trainer.datamodule, "predict", None))  # type: ignore[attr-defined]
 
     def write_on_batch_end(
         self,
