@@ -1,13 +1,14 @@
 """`crbp bench` at its quick size: what it writes, and the identities that hold at any size."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from crbp.bench import command, devices, measure, tables
-from crbp.bench.measure import Pair, Size, in_turns, spread
+from crbp.bench.measure import Pair, Size, in_process, in_turns, spread
 from crbp.bench.speed import convolution_count, exponent
 from crbp.cli import main
 from crbp.errors import CrbpError
@@ -66,6 +67,16 @@ def test_memory_is_flat_for_c_rbp_and_linear_for_bptt(numbers):
         assert row["saved_ratio"] == pytest.approx(row["crbp_bytes"] / row["bptt_one_step_bytes"])
         assert row["crbp_peak_bytes"] >= 0
     assert [row["batch"] for row in paper["rows"]] == [1, 2]
+
+
+def test_a_step_of_c_rbp_grows_the_process_alike_at_any_number_of_steps():
+    def grown(method: str, steps: int) -> int:
+        size = Size(channels=8, kernel_size=5, image=64, batch=2, terms=3, fused=False, steps=steps)
+        return in_process("crbp.bench.probe", {"size": asdict(size), "method": method}, what=method)["peak_bytes"]
+
+    few = grown("C-RBP", 4)
+    assert grown("C-RBP", 40) == pytest.approx(few, rel=0.05)
+    assert grown("BPTT", 40) > 2 * few
 
 
 def test_solvers_close_in_on_the_gradient(numbers):
