@@ -163,6 +163,15 @@ def test_the_rate_counts_the_images_of_all_processes(monkeypatch: pytest.MonkeyP
     assert chosen["lr_scheduler"]["scheduler"].base_lrs == pytest.approx([0.016 * 3 * 4 * 2 / 48] * 2)
 
 
+def test_both_memories_of_the_optimiser_are_those_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in = SimpleNamespace(
+        estimated_stepping_batches=8, world_size=1, accumulate_grad_batches=1, datamodule=tiny_data()
+    )
+    monkeypatch.setattr(PanopticTask, "trainer", stand_in)
+    chosen: Any = PanopticTask(tiny_net("fpn"), optimizer="adamw", momentum=0.8, beta2=0.95).configure_optimizers()
+    assert {group["betas"] for group in chosen["optimizer"].param_groups} == {(0.8, 0.95)}
+
+
 def test_steps_of_evaluation_are_those_asked_for(tmp_path: Path) -> None:
     net = tiny_net()
     taken = []
@@ -305,6 +314,7 @@ def test_the_network_must_have_the_classes_of_the_data(tmp_path: Path) -> None:
         ({"optimizer": "adam"}, "optimizer"),
         ({"learning_rate": 0.0}, "learning_rate"),
         ({"momentum": 1.0}, "momentum"),
+        ({"beta2": 1.0}, "beta2"),
         ({"milestones": (0.9, 0.5)}, "milestones must rise"),
         ({"milestones": (1.5,)}, "milestones"),
         ({"warmup_steps": -1}, "warmup_steps"),

@@ -56,6 +56,8 @@ class PanopticTask(ResumableModule):
         learning_rate: for a batch of ``reference_batch`` images.
         reference_batch: see there.
         momentum: of stochastic gradient descent, or ``β₁`` of AdamW, in [0, 1).
+        beta2: of AdamW, in [0, 1): how long it remembers squared gradients. Where some gradients of C-RBP are very
+            large, 0.99 lets it forget them sooner.
         weight_decay: of all but norms.
         warmup_steps: optimiser steps over which the rate rises.
         milestones: shares of all optimiser steps, rising, at which the rate falls.
@@ -89,6 +91,7 @@ class PanopticTask(ResumableModule):
         learning_rate: float = 0.02,
         reference_batch: int = 16,
         momentum: float = 0.9,
+        beta2: float = 0.999,
         weight_decay: float = 1e-4,
         warmup_steps: int = 1000,
         milestones: tuple[float, ...] = (2 / 3, 8 / 9),
@@ -103,6 +106,7 @@ class PanopticTask(ResumableModule):
         choice("optimizer", optimizer, get_args(Optimizer))
         count("reference_batch", reference_batch)
         share("momentum", momentum)
+        share("beta2", beta2)
         non_negative("weight_decay", weight_decay)
         count("warmup_steps", warmup_steps, at_least=0)
         if not (math.isfinite(learning_rate) and learning_rate > 0):
@@ -123,7 +127,7 @@ class PanopticTask(ResumableModule):
         self.net = net
         self.trained = tuple(trained)
         self.optimizer, self.learning_rate, self.reference_batch = optimizer, learning_rate, reference_batch
-        self.momentum, self.weight_decay = momentum, weight_decay
+        self.momentum, self.beta2, self.weight_decay = momentum, beta2, weight_decay
         self.warmup_steps, self.milestones = warmup_steps, tuple(milestones)
         self.average_precision, self.steps = average_precision, steps
         self.weights, self.without, self.results = weights, tuple(without), results
@@ -313,7 +317,7 @@ class PanopticTask(ResumableModule):
         if self.optimizer == "sgd":
             made = torch.optim.SGD(groups, lr=rate, momentum=self.momentum)
         else:
-            made = torch.optim.AdamW(groups, lr=rate, betas=(self.momentum, 0.999))
+            made = torch.optim.AdamW(groups, lr=rate, betas=(self.momentum, self.beta2))
 
         def factor(step: int) -> float:
             done = step / self.warmup_steps if self.warmup_steps else 1.0
