@@ -66,10 +66,11 @@ class Convolutions(MaskRCNNHeads, MaskHead):
 
 @dataclass(frozen=True)
 class Trial:
-    """A head, what is added to its loss for the last step of its run, and β₂ of the optimiser."""
+    """A head, what is added to its loss for the last step of its run, and the optimiser's rate and β₂."""
 
     build: Callable[[], MaskHead]
     penalty: LipschitzPenalty | None = None
+    rate: float = RATE
     beta2: float = 0.999
 
 
@@ -110,12 +111,15 @@ HEADS = {
     ),
 }
 # As for contour tracing, where squared gradients are remembered for less long.
+AGAIN = (
+    "4 convolutions (Panoptic FPN)",
+    "R-FPN, C-RBP, 5 steps, scales start at 1, gates of 3, a tenth of the penalty, 4 terms",
+)
+HEADS |= {f"{name}, β₂ .99": replace(HEADS[name], beta2=0.99) for name in AGAIN}
 HEADS |= {
-    f"{name}, β₂ .99": replace(HEADS[name], beta2=0.99)
-    for name in (
-        "4 convolutions (Panoptic FPN)",
-        "R-FPN, C-RBP, 5 steps, scales start at 1, gates of 3, a tenth of the penalty, 4 terms",
-    )
+    f"{name}, β₂ .99, rate {rate:g}": replace(HEADS[name], beta2=0.99, rate=rate)
+    for name in AGAIN
+    for rate in (0.0015, 0.006)
 }
 
 
@@ -166,7 +170,7 @@ def train(trial: Trial, seen: Crops, updates: int, seed: int) -> tuple[MaskHead,
     torch.manual_seed(seed)
     head, predictor = trial.build(), MaskPredictor(CHANNELS, THINGS)
     parameters = [*head.parameters(), *predictor.parameters()]
-    optimizer = torch.optim.AdamW(parameters, RATE, betas=(0.9, trial.beta2))
+    optimizer = torch.optim.AdamW(parameters, trial.rate, betas=(0.9, trial.beta2))
     rate = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda update: min(1.0, (update + 1) / 100) * 0.1 ** ((update >= 0.6 * updates) + (update >= 0.9 * updates)),
