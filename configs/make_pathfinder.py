@@ -51,8 +51,6 @@ SMALL_STEPS = {
 }  # N of the methods that need a steady state, by length of contour; the others take 6
 SMALL_LEAD_IN = {5: {3: 1_280}, 9: {3: 1_280, 6: 2_560}, 14: {3: 1_280, 6: 2_560, 10: 2_560}}  # dashes: images
 SMALL_SIZE = {5: 8_000, 9: 12_800, 14: 16_000}  # images seen in training
-# What makes a state settle is weaker with long contours, or the model arrives after N.
-SMALL_SETTLING = {5: {}, 9: {"growth": 0.2}, 14: {"growth": 0.2, "beyond": 0.5}}
 SMALL_LONG = 24_000  # images seen where training goes on
 SMALL_SIDES = {5: {3: 20, 5: 12, 9: 8}, 14: {3: 48}}  # steps of C-RBP for each length of contour and kernel size
 
@@ -211,8 +209,11 @@ def rows() -> Iterator[tuple[str, str, dict[str, Any]]]:
     yield from small_rows()
 
 
-def small(length: int, steps: int) -> Scale:
+def small(length: int, steps: int, kernel_size: int = 7) -> Scale:
     """The scale of the small rows for one length of contour."""
+    # Where contours are long or kernels small, slow gates and a strong penalty make a model that arrives after N.
+    far = length == 14 or kernel_size < 7
+    growth, beyond = 0.2 if far or length == 9 else 1.0, 0.5 if length == 14 else 2
     return replace(
         MINI,
         trainer={"max_epochs": 1, "val_check_interval": 50},
@@ -220,8 +221,8 @@ def small(length: int, steps: int) -> Scale:
         lead_in=SMALL_LEAD_IN[length],
         terms=max(6, steps // 2),
         fused=True,
-        horizon=steps // 2 if length == 14 and steps > 6 else None,  # slower gates make a model that arrives after N
-        contracting=settling(steps, bound=0.95, **SMALL_SETTLING[length]),
+        horizon=steps // 2 if far and steps > 6 else None,
+        contracting=settling(steps, beyond=beyond, growth=growth, bound=0.95),
     )
 
 
@@ -239,7 +240,7 @@ def small_rows() -> Iterator[tuple[str, str, dict[str, Any]]]:
         for size, settling_steps in SMALL_SIDES.get(length, {}).items():
             for method, steps in (("crbp", settling_steps), ("bptt", 6)):
                 what = f"48×48 images, {length} dashes, hGRU, {METHODS[method]}, {steps} steps, {size}×{size} kernels"
-                run = recurrent(small(length, steps), f"small{length}", "hgru", method, steps, size)
+                run = recurrent(small(length, steps, size), f"small{length}", "hgru", method, steps, size)
                 yield f"small{length}_hgru_{method}_k{size}", what, run
     steps = SMALL_SIDES[14][3]
     what = f"48×48 images, 14 dashes, hGRU, checkpointed BPTT, {steps} steps, 3×3 kernels"
