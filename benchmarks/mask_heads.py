@@ -110,7 +110,7 @@ HEADS = {
         5, WEAKER, terms=4, norm_scale=1.0, horizon=3
     ),
 }
-# As for contour tracing, where squared gradients are remembered for less long.
+# As for contour tracing, where squared gradients are remembered for less long; and at half and twice the rate.
 AGAIN = (
     "4 convolutions (Panoptic FPN)",
     "R-FPN, C-RBP, 5 steps, scales start at 1, gates of 3, a tenth of the penalty, 4 terms",

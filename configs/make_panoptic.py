@@ -29,10 +29,9 @@ LATER = [7 / 9, 25 / 27]  # when the rate falls in detectron2's 3× schedule: st
 SMALL_BOXES = {"channels": 256, "samples": 64, "detections": 50}
 NARROW_BOXES = {"channels": 64, "size": 6, "samples": 32, "positive_share": 0.5, "detections": 50}
 COMPARED = ("fpn", "bptt1", "bptt3", "crbp10", "crbp20")  # on generated shapes
-COMPARED_LONG = ("fpn", "bptt3", "crbp5")  # on three times the images
 MASKS = ["roi_heads.mask_head.", "roi_heads.mask_predictor."]
 START = "start_shapes"  # the row whose weights those on shapes start from
-START_STEPS, ROW_STEPS, LONG_STEPS, MINI_STEPS = 3_000, 1_000, 3_000, 500  # of four images
+START_STEPS, ROW_STEPS, MINI_STEPS = 3_000, 1_000, 500  # of four images
 STOP = 0.01  # relative size of a term at which the series of these rows ends
 
 
@@ -144,21 +143,6 @@ def started(method: str) -> dict[str, Any]:
     return made
 
 
-def longer(method: str) -> dict[str, Any]:
-    """The same on three times the images, with what R-FPN needs to be level with Panoptic FPN (results/panoptic)."""
-    made = started(method)
-    made["data"]["init_args"]["source"]["init_args"]["train"] = 4 * LONG_STEPS
-    made["model"]["init_args"]["beta2"] = 0.99
-    net = made["model"]["init_args"]["net"]["init_args"]
-    if method != "fpn":
-        net |= {"norm_scale": 1.0, "horizon": 3}
-    if "penalty" in net:
-        net["penalty"]["init_args"]["weight"] /= 10
-        # As many terms as steps came before the last: more count on steps that were never taken.
-        net["evolve"]["gradient"]["init_args"]["solver"]["init_args"]["terms"] = METHODS[method][1] - 1
-    return made
-
-
 def named(method: str) -> str:
     """What a row is called in its file's first line."""
     if method == "fpn":
@@ -186,9 +170,6 @@ def rows() -> Iterator[tuple[str, str, dict[str, Any]]]:
         what = f"Coloured shapes of 192 pixels, ResNet-18, {named(method)}; on two CPU cores"
         yield f"mini_{name}", what, small(method, 192, MINI_STEPS)
         yield f"shapes_{name}", f"{shapes}, {named(method)}", started(method)
-    for method in COMPARED_LONG:
-        name = "fpn" if method == "fpn" else f"rfpn_{method}"
-        yield f"shapes_{name}_long", f"{shapes}, {named(method)}, three times the images", longer(method)
 
 
 def comments(name: str, title: str) -> Iterator[str]:

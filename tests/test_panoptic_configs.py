@@ -112,7 +112,7 @@ def test_rows_on_shapes_differ_from_what_they_start_from_in_their_masks_alone() 
         task, net = row["model"]["init_args"], row["model"]["init_args"]["net"]["init_args"]
         known = start["model"]["init_args"]["net"]["init_args"]
         assert net["boxes"].pop("samples") <= known["boxes"]["samples"]  # of training, in which the boxes have no part
-        assert {key: net[key] for key in net if key not in ("evolve", "penalty", "norm_scale", "horizon")} == {
+        assert {key: net[key] for key in net if key not in ("evolve", "penalty")} == {
             **known,
             "boxes": {key: known["boxes"][key] for key in net["boxes"]},
         }

@@ -1,6 +1,7 @@
 """`crbp bench` at its quick size: what it writes, and the identities that hold at any size."""
 
 import json
+import platform
 from dataclasses import asdict
 
 import pytest
@@ -69,6 +70,7 @@ def test_memory_is_flat_for_c_rbp_and_linear_for_bptt(numbers):
     assert [row["batch"] for row in paper["rows"]] == [1, 2]
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library keeps what tensors give back")
 def test_a_step_of_c_rbp_grows_the_process_alike_at_any_number_of_steps():
     def grown(method: str, steps: int) -> int:
         size = Size(channels=8, kernel_size=5, image=64, batch=2, terms=3, fused=False, steps=steps)

@@ -17,7 +17,7 @@ import yaml
 import crbp
 from crbp.analysis import memory_curve
 from crbp.models import PathfinderNet
-from crbp.tasks import Origin, load_net, save_net
+from crbp.tasks import Origin, load_net, load_trained, save_net
 from crbp.tasks.weights import build
 
 
@@ -171,8 +171,17 @@ def test_the_page_shows_the_rows_that_are_kept(results: Any, tmp_path: Path) -> 
     assert names == {file.stem for file in (folder / "weights").glob("*.safetensors")}
 
 
+def other(wanted: Any, made: Any, where: str) -> list[str]:
+    """Where two configurations have different values; what one of them leaves out is not looked at."""
+    if isinstance(wanted, dict) and isinstance(made, dict):
+        return [each for key in wanted.keys() & made.keys() for each in other(wanted[key], made[key], f"{where}.{key}")]
+    if isinstance(wanted, list) and isinstance(made, list) and len(wanted) == len(made):
+        return [each for pair in zip(wanted, made, strict=True) for each in other(*pair, where)]
+    return [] if wanted == made or made is None else [f"{where}: {made} where the configuration has {wanted}"]
+
+
 def test_the_rows_that_are_kept_are_those_of_their_configurations(script: Any, results: Any) -> None:
-    """As many images, in a batch and in all, and steps: what a reader gets who trains the row again."""
+    """As many images, in a batch and in all, and the same settings: what a reader gets who trains the row again."""
     for line in csv.DictReader((results.ROOT / "results" / "pathfinder" / "table.csv").read_text().splitlines()):
         name = line["row"].removesuffix(f"_seed{line['seed']}")
         config = yaml.safe_load((script.CONFIGS / f"{name}.yaml").read_text())
@@ -180,6 +189,9 @@ def test_the_rows_that_are_kept_are_those_of_their_configurations(script: Any, r
         assert int(line["images"]) == data["train_size"] * config["trainer"]["max_epochs"], name
         assert int(line["batch"]) == data["batch_size"], name
         assert line["steps"] == str(net["evolve"]["steps"] if "evolve" in net else ""), name
+        _, origin = load_trained(results.ROOT / "results" / "pathfinder" / "weights" / f"{line['row']}.safetensors")
+        for part in ("model", "data"):
+            assert other(config[part], origin.run[part], part) == [], line["row"]
 
 
 def test_every_kept_row_was_measured_on_the_test_split(results: Any, load_script: Callable[[str], ModuleType]) -> None:

@@ -23,10 +23,11 @@ def keep_freed_memory() -> bool:
 
 
 def return_freed_memory() -> bool:
-    """Let this process return the memory of a freed tensor at once, so that its size is what its tensors take.
+    """Let this process return the memory of each tensor of 64 KiB or more at once, so that its size is what they take.
 
-    For measuring memory: what is allocated and freed in another order otherwise leaves gaps of another size. Each
-    tensor of 64 KiB or more then has pages of its own, fetched from the system anew, which is slow.
+    For measuring memory: what is allocated and freed in another order otherwise leaves gaps of another size. Each such
+    tensor then has pages of its own, fetched from the system anew, which is slow. Not for a process that has called
+    `keep_freed_memory`, of whose other settings this undoes none.
 
     Returns:
         Whether the C library is glibc, the only one that this is for; otherwise nothing is changed.

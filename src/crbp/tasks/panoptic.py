@@ -56,8 +56,7 @@ class PanopticTask(ResumableModule):
         learning_rate: for a batch of ``reference_batch`` images.
         reference_batch: see there.
         momentum: of stochastic gradient descent, or ``β₁`` of AdamW, in [0, 1).
-        beta2: of AdamW, in [0, 1): how long it remembers squared gradients. Where some gradients of C-RBP are very
-            large, 0.99 lets it forget them sooner.
+        beta2: of AdamW, in [0, 1): how long it remembers squared gradients; 0.99 suits mask heads that C-RBP trains.
         weight_decay: of all but norms.
         warmup_steps: optimiser steps over which the rate rises.
         milestones: shares of all optimiser steps, rising, at which the rate falls.
