@@ -211,7 +211,7 @@ def rows() -> Iterator[tuple[str, str, dict[str, Any]]]:
 
 def small(length: int, steps: int, kernel_size: int = 7) -> Scale:
     """The scale of the small rows for one length of contour and size of kernel."""
-    # With long contours or small kernels a model of slow gates and a strong penalty arrives after N (results/pathfinder).
+    # Far to go for each step: with slow gates and a strong penalty the model would arrive after N (results/pathfinder).
     far = length == 14 or kernel_size < 7
     growth, beyond = 0.2 if far or length == 9 else 1.0, 0.5 if length == 14 else 2
     return replace(

@@ -34,7 +34,8 @@ def test_two_images_are_learnt_by_heart(
     monkeypatch.setattr("sys.argv", ["panoptic_overfit.py", *data, *settings])
     script.main()
     (found,) = json.loads(out.read_text())
+    # Masks that fill their boxes, all else as it is, have a PQ of .65, .33 of things, and a mask AP of .18.
     assert found["pq"] > 0.7
     assert found["pq_things"] > 0.5
     assert found["pq_stuff"] > 0.9
-    assert found["mask_ap"] > 0.4  # masks that fill their boxes have less
+    assert found["mask_ap"] > 0.4
