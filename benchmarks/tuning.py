@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -81,16 +82,22 @@ def check(made: dict[str, Any], config: Path, settings: list[str]) -> None:
         for key in path:
             place = place[key]
         place[last] = type(place[last])(value)
-    if where := differing(wanted["model"], made["model"]):
-        raise SystemExit(f"a run of {config.stem} has another {where} than is asked for; give another folder of runs")
+    if found := next(differing(wanted["model"], made["model"], "model"), None):
+        raise SystemExit(
+            f"a run of {config.stem} has another {found[0]} than is asked for; give another folder of runs"
+        )
 
 
-def differing(wanted: Any, made: Any, where: str = "model") -> str | None:
-    """The first place at which a configuration has what a run has not."""
-    if isinstance(wanted, dict):
-        found = (differing(value, (made or {}).get(key), f"{where}.{key}") for key, value in wanted.items())
-        return next((each for each in found if each is not None), None)
-    return None if wanted == made else where
+def differing(wanted: Any, made: Any, where: str) -> Iterator[tuple[str, Any]]:
+    """Where a run has another value than a configuration, and which: None for what the run does not name."""
+    if isinstance(wanted, dict) and isinstance(made, dict):
+        for key, value in wanted.items():
+            yield from differing(value, made.get(key), f"{where}.{key}")
+    elif isinstance(wanted, list) and isinstance(made, list) and len(wanted) == len(made):
+        for place, value in enumerate(wanted):
+            yield from differing(value, made[place], f"{where}.{place}")
+    elif wanted != made:
+        yield where, made
 
 
 def line_of(row: str, tried: str, run: Path) -> dict[str, str]:
