@@ -31,6 +31,7 @@ NARROW_BOXES = {"channels": 64, "size": 6, "samples": 32, "positive_share": 0.5,
 COMPARED = ("fpn", "bptt1", "bptt3", "crbp10", "crbp20")  # on generated shapes
 MASKS = ["roi_heads.mask_head.", "roi_heads.mask_predictor."]
 START = "start_shapes"  # the row whose weights those on shapes start from
+START_HEAPS = "start_heaps"  # the same, of shapes that lie in heaps of one look
 START_STEPS, ROW_STEPS, MINI_STEPS = 3_000, 1_000, 500  # of four images
 STOP = 0.01  # relative size of a term at which the series of these rows ends
 
@@ -79,7 +80,7 @@ def coco(method: str, depth: int, times: int, *, weights: str | None = "imagenet
     }
 
 
-def small(method: str, side: int, steps: int, *, narrow: bool = False) -> dict[str, Any]:
+def small(method: str, side: int, steps: int, *, narrow: bool = False, heaps: bool = False) -> dict[str, Any]:
     """A run on generated shapes, from scratch, on two CPU cores."""
     net = network(
         method,
@@ -113,6 +114,8 @@ def small(method: str, side: int, steps: int, *, narrow: bool = False) -> dict[s
     )
     # Where shape alone tells the class, few things are found in so many steps (results/panoptic).
     looks = {"objects": [3, 7], "looks": "coloured", "zoom": 1.6}
+    if heaps:  # neighbours of one look, so that only borders and form tell what a pixel belongs to
+        looks |= {"objects": [4, 8], "alike": 0.6}
     source = thing("tasks.GeneratedShapes", size=side, train=4 * steps, val=200 if narrow else 100, **looks)
     data = {"batch_size": 4, "shortest": [side], "shortest_test": side, "longest": 2 * side}
     return {
@@ -165,6 +168,8 @@ def rows() -> Iterator[tuple[str, str, dict[str, Any]]]:
         yield f"{name}_r50_detectron2", what, coco(method, 50, 1, weights=None)
     shapes = "Coloured shapes of 128 pixels, narrow ResNet-18"
     yield START, f"{shapes}: what the rows shapes_* start from", small("fpn", 128, START_STEPS, narrow=True)
+    what = f"{shapes}, in heaps of one look: what benchmarks/mask_heads.py starts from there"
+    yield START_HEAPS, what, small("fpn", 128, START_STEPS, narrow=True, heaps=True)
     for method in COMPARED:
         name = "fpn" if method == "fpn" else f"rfpn_{method}"
         what = f"Coloured shapes of 192 pixels, ResNet-18, {named(method)}; on two CPU cores"
@@ -179,7 +184,7 @@ def comments(name: str, title: str) -> Iterator[str]:
         yield f"Published PQ (Linsley et al., NeurIPS 2020; not at equal images): {PUBLISHED[name]}."
     if name.startswith("shapes_"):
         yield f"It starts from the weights of {START}.yaml, which is to be run before it."
-    root = "" if name.startswith(("mini_", "shapes_", START)) else " --data.source.root FOLDER_OF_COCO"
+    root = "" if name.startswith(("mini_", "shapes_", "start_")) else " --data.source.root FOLDER_OF_COCO"
     if name.endswith("_detectron2"):
         yield f"Measure a checkpoint of {'the released R-FPN' if name.startswith('rfpn') else 'detectron2'} with it:"
         yield f"crbp test --config configs/panoptic/{name}.yaml --model.weights FILE{root}"

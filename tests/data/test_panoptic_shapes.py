@@ -56,6 +56,7 @@ def test_an_image_is_a_function_of_seed_split_and_place():
         {"looks": "plain"},
         {"looks": "coloured"},
         {"zoom": 1.5},
+        {"alike": 0.5},
     ):
         assert (layout.draw(128, **{**base, **change}).image != first.image).any()
 
@@ -112,6 +113,17 @@ def test_zoom_makes_all_as_many_times_as_large():
         counted = [(np.bincount(each.places.ravel()), each) for each in drawn if not any(each.crowd)]
         areas[zoom] = np.mean([count[-1] for count, each in counted if each.names[-1] in layout.THINGS])
     assert 3.0 < areas[2.0] / areas[1.0] < 4.5  # 4, less what lies beyond the border
+
+
+def test_more_that_are_alike_share_their_class_with_another():
+    shares = {}
+    for alike in (0.0, 0.25, 0.75):
+        drawn = [
+            layout.draw(128, (6, 8), looks="coloured", alike=alike, seed=5, split="val", index=i) for i in range(40)
+        ]
+        named = [[name for name in each.names if name in layout.THINGS] for each in drawn]
+        shares[alike] = np.mean([names.count(name) > 1 for names in named for name in names])
+    assert shares[0.0] < shares[0.25] - 0.1 < shares[0.75] - 0.4
 
 
 @pytest.mark.parametrize("size", [128, 200])
@@ -171,7 +183,7 @@ def _pieces(mask):
 
 
 def test_what_is_too_small_to_be_told_leaves_the_labels():
-    picture = layout._Picture(128, Stream(0), layout.WINDOW, "textured")
+    picture = layout._Picture(128, Stream(0), layout.WINDOW, "textured", layout.ALIKE)
     picture.places[:] = 1
     picture.places[0, :20] = 2
     picture.places[4:10, 4:10] = 3
@@ -241,7 +253,7 @@ def test_files_hold_the_pixels_made_on_the_fly(tmp_path):
         assert report.findings == ()
 
 
-@pytest.mark.parametrize("kind", [{"looks": "plain"}, {"looks": "coloured"}, {"zoom": 1.5}])
+@pytest.mark.parametrize("kind", [{"looks": "plain"}, {"looks": "coloured"}, {"zoom": 1.5}, {"alike": 0.5}])
 def test_other_kinds_of_shapes_are_written_as_they_are_made(tmp_path, kind):
     _write(tmp_path, **kind)
     read = CocoPanoptic(tmp_path / "train", tmp_path / "panoptic_train.json")
@@ -272,6 +284,7 @@ def test_a_writing_broken_off_goes_on(tmp_path):
         ({"objects": (1, 2)}, "of other shapes"),
         ({"looks": "plain"}, "of other shapes"),
         ({"zoom": 2}, "of other shapes"),
+        ({"alike": 0.5}, "of other shapes"),
     ],
 )
 def test_two_sets_cannot_share_a_folder(tmp_path, change, words):
@@ -292,6 +305,8 @@ def test_two_sets_cannot_share_a_folder(tmp_path, change, words):
         ({"looks": "colored"}, "looks must be one of 'textured', 'plain', 'coloured', not 'colored'"),
         ({"zoom": 0.5}, "zoom must be a number of 1 to 2, not 0.5"),
         ({"zoom": float("nan")}, "zoom must be"),
+        ({"alike": 0.8}, "alike must be a share of 0 to 0.75, not 0.8"),
+        ({"alike": float("nan")}, "alike must be"),
         ({"seed": -1}, "seed must be"),
         ({"images": 0}, "images must be"),
         ({"split": "test"}, "split must be one of 'train', 'val'"),
@@ -326,6 +341,7 @@ def test_the_command(tmp_path, capsys):
         (["--seed", "1"], "the folder holds a data set of other seed"),
         (["--looks", "plain"], "the folder holds a data set of other shapes"),
         (["--zoom", "3"], "zoom must be a number of 1 to 2, not 3.0"),
+        (["--alike", "0.5"], "the folder holds a data set of other shapes"),
         (["--color", "1"], "unrecognized arguments"),
     ):
         assert main([*arguments, *wrong]) == 2

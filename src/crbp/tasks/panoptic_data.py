@@ -155,6 +155,7 @@ class GeneratedShapes(PanopticSource):
         objects: least and most things of an image.
         looks: of things: ``"textured"``, ``"plain"`` or ``"coloured"``.
         zoom: how many times as large everything is, 1 to 2.
+        alike: share of the things that are laid over one that looks the same, 0 to 0.75.
         seed: another seed gives other images.
     """
 
@@ -164,6 +165,7 @@ class GeneratedShapes(PanopticSource):
     objects: tuple[int, int] = (6, 14)
     looks: Looks = "textured"
     zoom: float = 1.0
+    alike: float = 0.25
     seed: int = 0
 
     @property
@@ -186,6 +188,7 @@ class GeneratedShapes(PanopticSource):
             objects=self.objects,
             looks=self.looks,
             zoom=self.zoom,
+            alike=self.alike,
             seed=self.seed,
             transform=transform,
         )

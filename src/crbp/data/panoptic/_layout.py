@@ -19,6 +19,8 @@ STREAM_VERSION = 1  # a change of what is drawn for a seed changes it
 
 LEAST_VISIBLE = 0.4  # share of a thing that stays visible
 LEAST_AREA = 60.0  # square units of a thing, or of a kind of stuff, that stay visible
+ALIKE = 0.25  # share of the things proposed that are laid beside one that looks the same
+ACROSS = 0.25  # and of those laid across a long one
 _TRIES = 12
 
 Texture = NDArray[np.float64]
@@ -48,15 +50,18 @@ def draw(
     *,
     looks: Looks = "textured",
     zoom: float = 1.0,
+    alike: float = ALIKE,
     seed: int,
     split: str,
     index: int,
 ) -> Drawn:
     """The picture `index` of a split: a function of the arguments alone, the same on every machine."""
-    kind = (f"{looks} " if looks != "textured" else "") + (f"{zoom!r} times " if zoom != 1.0 else "") + "shapes"
-    words = f"{kind} {STREAM_VERSION} {size} {objects[0]} {objects[1]} {seed} {split} {index}"
+    kinds = (
+        [looks] * (looks != "textured") + [f"{zoom!r} times"] * (zoom != 1.0) + [f"{alike!r} alike"] * (alike != ALIKE)
+    )
+    words = f"{' '.join([*kinds, 'shapes'])} {STREAM_VERSION} {size} {objects[0]} {objects[1]} {seed} {split} {index}"
     stream = Stream(int.from_bytes(hashlib.blake2b(words.encode(), digest_size=16).digest(), "little"))
-    picture = _Picture(size, stream, WINDOW / zoom, looks)
+    picture = _Picture(size, stream, WINDOW / zoom, looks, alike)
     if stream.chance(0.1):
         picture.add_crowd()
     for _ in range(stream.whole(*objects)):
@@ -71,8 +76,9 @@ def draw(
 class _Picture:
     """A picture `window` units wide while it is made. Places count from 1: regions of stuff, then things."""
 
-    def __init__(self, size: int, stream: Stream, window: float, looks: Looks) -> None:
+    def __init__(self, size: int, stream: Stream, window: float, looks: Looks, alike: float) -> None:
         self.stream, self.window, self.pixel, self.looks = stream, window, window / size, looks
+        self.alike = alike
         self.image = np.empty((size, size, 3), np.float32)
         self.places = np.empty((size, size), np.uint8)
         kinds = list(range(len(STUFF)))
@@ -93,9 +99,9 @@ class _Picture:
         name = THINGS[stream.whole(0, len(THINGS) - 1)]
         way = stream.uniform()
         long = [k for k, each in enumerate(self.things) if len(each.form.spine) and k not in self.cut]
-        if way < 0.25 and long:
+        if way < ACROSS and long:
             return self._across(long[stream.whole(0, len(long) - 1)])
-        if way < 0.5 and self.things:
+        if way < ACROSS + self.alike and self.things:
             return self._beside(self.things[stream.whole(0, len(self.things) - 1)], name)
         return _Thing(name, FORMS[name](stream, 1.0), self._point(8.0), self._new_texture(name), False)
 

@@ -74,6 +74,13 @@ def shapes_parser() -> Parser:
     parser.add_argument(
         "--zoom", type=float, default=1.0, help="everything as many times as large, 1 to 2 (default: 1)"
     )
+    parser.add_argument(
+        "--alike",
+        type=float,
+        default=0.25,
+        metavar="SHARE",
+        help="of the things that are laid over one that looks the same, 0 to 0.75 (default: 0.25)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="another seed gives other images (default: 0)")
     parser.add_argument("--jobs", dest="workers", type=int, help="processes (default: the cores at hand)")
     return parser

@@ -43,9 +43,11 @@ class Shapes(PanopticDataset):
     Things that look ``"plain"`` have one colour each, which makes their shapes easier to see; they still overlap others
     of the same colour. ``"coloured"`` ones have besides, as much in the world does, a colour by which their class is
     told, and overlap others of their class. With ``zoom`` a picture shows less of the same world, in which all is as
-    many times as large.
+    many times as large. The more things are ``alike``, the more come in heaps of one look, where what a pixel belongs
+    to is not told by what is near it.
 
-    Image i is a function of ``(size, objects, looks, zoom, seed, split, i)`` alone, and what `write_shapes` writes.
+    Image i is a function of ``(size, objects, looks, zoom, alike, seed, split, i)`` alone, and what `write_shapes`
+    writes.
 
     Args:
         size: height and width in pixels, 128 to 512; the picture is the same in kind, with more pixels.
@@ -54,6 +56,8 @@ class Shapes(PanopticDataset):
         objects: least and most things of an image; one that finds no place where enough of all can be seen is left out.
         looks: of things, ``"textured"``, ``"plain"`` or ``"coloured"``.
         zoom: how many times as large everything is, 1 to 2.
+        alike: share of the things that are laid over one that looks the same, 0 to 0.75; fewer where
+            they find no place.
         seed: another seed gives other images.
         transform: chooses size and flip of each image; None keeps every image as it is.
 
@@ -70,15 +74,16 @@ class Shapes(PanopticDataset):
         objects: tuple[int, int] = (6, 14),
         looks: Looks = "textured",
         zoom: float = 1.0,
+        alike: float = _layout.ALIKE,
         seed: int = 0,
         transform: Transform | None = None,
     ) -> None:
-        check_task(size, objects, looks, zoom, seed)
+        check_task(size, objects, looks, zoom, alike, seed)
         choice("split", split, get_args(Split))
         count("images", images)
         super().__init__(CATEGORIES, transform)
         self.size, self.split, self.objects, self.seed = size, split, (objects[0], objects[1]), seed
-        self.looks, self.zoom = looks, float(zoom)
+        self.looks, self.zoom, self.alike = looks, float(zoom), float(alike)
         self._images = images
 
     def __len__(self) -> int:
@@ -92,6 +97,7 @@ class Shapes(PanopticDataset):
             self.objects,
             looks=self.looks,
             zoom=self.zoom,
+            alike=self.alike,
             seed=self.seed,
             split=self.split,
             index=index,
@@ -104,8 +110,8 @@ class Shapes(PanopticDataset):
         return f"Shapes({self.size} px, split={self.split!r}, images={len(self)}, seed={self.seed})"
 
 
-def check_task(size: int, objects: tuple[int, int], looks: Looks, zoom: float, seed: int) -> None:
-    """Raise ValueError unless images of this size, number of objects, looks, zoom and seed can be made."""
+def check_task(size: int, objects: tuple[int, int], looks: Looks, zoom: float, alike: float, seed: int) -> None:
+    """Raise ValueError unless images with these settings can be made."""
     if isinstance(size, bool) or not isinstance(size, int) or not SIZES[0] <= size <= SIZES[1]:
         raise ValueError(f"size must be a whole number of {SIZES[0]} to {SIZES[1]} pixels, not {size!r}")
     if len(objects) != 2 or not 1 <= objects[0] <= objects[1] <= MOST:
@@ -113,6 +119,8 @@ def check_task(size: int, objects: tuple[int, int], looks: Looks, zoom: float, s
     choice("looks", looks, get_args(Looks))
     if isinstance(zoom, bool) or not isinstance(zoom, int | float) or not ZOOMS[0] <= zoom <= ZOOMS[1]:
         raise ValueError(f"zoom must be a number of {ZOOMS[0]:g} to {ZOOMS[1]:g}, not {zoom!r}")
+    if isinstance(alike, bool) or not isinstance(alike, int | float) or not 0.0 <= alike <= 1.0 - _layout.ACROSS:
+        raise ValueError(f"alike must be a share of 0 to {1.0 - _layout.ACROSS:g}, not {alike!r}")
     count("seed", seed, at_least=0)
 
 

@@ -21,7 +21,7 @@ from crbp.data._files import (
     write_checksums,
     write_missing,
 )
-from crbp.data.panoptic._layout import STREAM_VERSION
+from crbp.data.panoptic._layout import ALIKE, STREAM_VERSION
 from crbp.data.panoptic._looks import Looks
 from crbp.data.panoptic.dataset import instance_annotations, segments_info
 from crbp.data.panoptic.formats import png, rgb_from_ids
@@ -40,6 +40,7 @@ class _Job(NamedTuple):
     objects: tuple[int, int]
     looks: Looks
     zoom: float
+    alike: float
     seed: int
     split: Split
     batch: int
@@ -55,6 +56,7 @@ def write_shapes(
     objects: tuple[int, int] = (6, 14),
     looks: Looks = "textured",
     zoom: float = 1.0,
+    alike: float = ALIKE,
     seed: int = 0,
     batch_size: int = 100,
     workers: int | None = None,
@@ -76,6 +78,7 @@ def write_shapes(
         objects: least and most things of an image; see `Shapes`.
         looks: of things; see `Shapes`.
         zoom: how many times as large everything is, 1 to 2.
+        alike: share of the things that are laid over one that looks the same, 0 to 0.75.
         seed: of the set.
         batch_size: images a checksum file.
         workers: processes; the cores at hand by default; 1 works in this process.
@@ -85,7 +88,7 @@ def write_shapes(
         ValueError: an argument is out of range.
         DataError: `out` holds another data set.
     """
-    check_task(size, objects, looks, zoom, seed)
+    check_task(size, objects, looks, zoom, alike, seed)
     for name, value in (("images", images[0]), ("images", images[-1]), ("batch_size", batch_size)):
         count(name, value)
     if workers is not None:
@@ -98,6 +101,7 @@ def write_shapes(
             "stream_version": STREAM_VERSION,
             **({"looks": looks} if looks != "textured" else {}),
             **({"zoom": float(zoom)} if zoom != 1 else {}),
+            **({"alike": float(alike)} if alike != ALIKE else {}),
         },
         "seed": seed,
         "images": list(images),
@@ -105,7 +109,19 @@ def write_shapes(
     }
     _claim(manifest, task)
     jobs = [
-        _Job(root, size, (objects[0], objects[1]), looks, zoom, seed, split, k, start, min(batch_size, total - start))
+        _Job(
+            root,
+            size,
+            (objects[0], objects[1]),
+            looks,
+            zoom,
+            alike,
+            seed,
+            split,
+            k,
+            start,
+            min(batch_size, total - start),
+        )
         for split, total in zip(get_args(Split), images, strict=True)
         for k, start in enumerate(range(0, total, batch_size))
     ]
@@ -139,6 +155,7 @@ def _write_batch(job: _Job) -> int:
         objects=job.objects,
         looks=job.looks,
         zoom=job.zoom,
+        alike=job.alike,
         seed=job.seed,
     )
     sums: dict[str, str] = {}
