@@ -1,6 +1,7 @@
 """How deep a mask head has to be: heads trained alone, on the same crops, from no convolution to eight.
 
     python benchmarks/mask_heads.py --weights runs/start_shapes/version_0/weights/last.safetensors --seeds 0 1
+    python benchmarks/mask_heads.py --start start_heaps --weights runs/start_heaps/version_0/weights/last.safetensors
 
 What a trained Panoptic FPN pools from generated shapes is kept, in boxes that are moved a little from the true ones,
 and each head learns the masks from it: every head sees the same crops in the same order. Where more convolutions do
@@ -31,6 +32,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
 import crbp
 from crbp.bench.measure import environment
 from crbp.data.panoptic import Shapes
+from crbp.data.panoptic.shapes import Split
 from crbp.models import PanopticFPN
 from crbp.models.panoptic.mask_head import (
     MaskFeatures,
@@ -45,6 +47,8 @@ from crbp.tasks.weights import build
 
 CHANNELS, THINGS = 64, 10
 TRAINED = 2000  # images
+START = "start_shapes"
+FILES = {START: "mask_heads.json", "start_heaps": "mask_heads_heaps.json"}  # by what is started from
 BATCH, RATE = 16, 0.003
 LONG = 30  # steps, beyond all that are trained for
 MOVED = 0.1  # standard deviation of the corners of boxes trained in, in sides of the box
@@ -138,10 +142,17 @@ class Crops:
         return Crops(self.pooled[chosen], self.masks[chosen], self.labels[chosen])
 
 
+def shapes(start: str) -> dict[str, Any]:
+    """The settings of the shapes of the row that is started from, but of another seed: images that it has not seen."""
+    config = yaml.safe_load((CONFIGS / f"{start}.yaml").read_text())
+    return {**config["data"]["init_args"]["source"]["init_args"], "seed": 1}
+
+
 @torch.no_grad()
-def crops(net: PanopticFPN, split: str, images: int) -> Crops:
+def crops(net: PanopticFPN, start: str, split: Split, images: int) -> Crops:
     """What a network pools in the boxes of a split, true ones for ``"val"``, moved a little for ``"train"``."""
-    data = Shapes(128, objects=(3, 7), looks="coloured", zoom=1.6, seed=1, split=split, images=images)
+    settings = {key: value for key, value in shapes(start).items() if key not in ("train", "val")}
+    data = Shapes(**settings, split=split, images=images)
     generator = torch.Generator().manual_seed(0)
     found = []
     for index in range(len(data)):
@@ -208,10 +219,10 @@ def overlap(head: MaskHead, predictor: MaskPredictor, held_out: Crops) -> float:
     return 100 * float(torch.cat(found).mean())
 
 
-def quality(net: Any, head: MaskHead, predictor: MaskPredictor, images: int) -> dict[str, float]:
-    """Panoptic quality, in percent, of the network with another mask head, on the held-out images of `shapes_*`."""
-    config = yaml.safe_load((CONFIGS / "shapes_fpn.yaml").read_text())
-    config["data"]["init_args"]["source"]["init_args"]["val"] = images
+def quality(net: Any, start: str, head: MaskHead, predictor: MaskPredictor, images: int) -> dict[str, float]:
+    """Panoptic quality, in percent, of the network with another mask head, on images that are held out."""
+    config = yaml.safe_load((CONFIGS / f"{start}.yaml").read_text())
+    config["data"]["init_args"]["source"]["init_args"] = {**shapes(start), "val": images}
     data = build(PanopticData, config["data"], "the held-out shapes")
     net.roi_heads.mask_head, net.roi_heads.mask_predictor = head, predictor
     counts = [None] if not isinstance(head, RecurrentMaskHead) else [head.steps, LONG]
@@ -225,43 +236,45 @@ def main() -> None:
     """Train and measure the heads that the file lacks, and write it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, required=True, help="of the Panoptic FPN that crops are pooled by")
+    parser.add_argument("--start", choices=FILES, default=START, help="the row that trained it (default: %(default)s)")
     parser.add_argument("--updates", type=int, default=1000)
     parser.add_argument("--images", type=int, default=FEW_IMAGES, help="to measure on; the first are always these")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--heads", nargs="+", choices=HEADS, default=list(HEADS), metavar="NAME", help="all by default")
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "panoptic" / "mask_heads.json")
+    parser.add_argument("--out", type=Path, help="file of the results, by default that of results/panoptic")
     options = parser.parse_args()
+    start, out = options.start, options.out or ROOT / "results" / "panoptic" / FILES[options.start]
     torch.set_num_threads(1)
     net: Any = load_net(options.weights).eval()
-    seen, held_out = crops(net, "train", TRAINED), crops(net, "val", options.images)
-    rows: list[dict[str, Any]] = json.loads(options.out.read_text()) if options.out.exists() else []
+    seen, held_out = crops(net, start, "train", TRAINED), crops(net, start, "val", options.images)
+    rows: list[dict[str, Any]] = json.loads(out.read_text()) if out.exists() else []
     for seed in options.seeds:
         for name in options.heads:
             this = {"head": name, "seed": seed, "updates": options.updates, "images": options.images}
             if any(this == {key: row[key] for key in this} for row in rows):
                 continue
-            start = time.process_time()
+            begun = time.process_time()
             head, predictor, found = train(HEADS[name], seen, options.updates, seed)
-            seconds = round(time.process_time() - start)
+            seconds = round(time.process_time() - begun)
             rows.append(
                 {
                     **this,
                     "parameters": sum(parameter.numel() for parameter in head.parameters()),
                     **found,
                     "iou": round(overlap(head, predictor, held_out), 2),
-                    **quality(net, head, predictor, options.images),
+                    **quality(net, start, head, predictor, options.images),
                     "seconds": seconds,
                     **environment(),
                 }
             )
-            options.out.write_text(json.dumps(rows, indent=2) + "\n")
+            out.write_text(json.dumps(rows, indent=2) + "\n")
             print(
                 *(rows[-1][key] for key in ("head", "seed", "parameters", "loss", "iou", "pq", "seconds")),
                 sep=" | ",
                 flush=True,
             )
-    if (page := options.out.with_name("README.md")).exists():
-        page.write_text(with_tables(page.read_text(), tables(options.out.parent)))
+    if (page := out.with_name("README.md")).exists():
+        page.write_text(with_tables(page.read_text(), tables(out.parent)))
 
 
 if __name__ == "__main__":
