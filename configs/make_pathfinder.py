@@ -53,6 +53,7 @@ SMALL_LEAD_IN = {5: {3: 1_280}, 9: {3: 1_280, 6: 2_560}, 14: {3: 1_280, 6: 2_560
 SMALL_SIZE = {5: 8_000, 9: 12_800, 14: 16_000}  # images seen in training
 SMALL_LONG = 24_000  # images seen where training goes on
 SMALL_SIDES = {5: {3: 20, 5: 12, 9: 8}, 14: {3: 48}}  # steps of C-RBP for each length of contour and kernel size
+SMALL_GROWTH = {"small14_hgru_crbp": 0.1}  # weight of the penalty on growth where it is not that of the others
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,11 +210,14 @@ def rows() -> Iterator[tuple[str, str, dict[str, Any]]]:
     yield from small_rows()
 
 
-def small(length: int, steps: int, kernel_size: int = 7) -> Scale:
-    """The scale of the small rows for one length of contour and size of kernel."""
+def small(length: int, steps: int, kernel_size: int = 7, growth: float | None = None) -> Scale:
+    """The scale of the small rows for one length of contour and size of kernel.
+
+    ``growth`` is the weight of the penalty on growth; None for that of most rows.
+    """
     # Far to go for each step: with slow gates and a strong penalty the model would arrive after N (results/pathfinder).
     far = length == 14 or kernel_size < 7
-    growth, beyond = 0.2 if far or length == 9 else 1.0, 0.5 if length == 14 else 2
+    growth, beyond = growth or (0.2 if far or length == 9 else 1.0), 0.5 if length == 14 else 2
     return replace(
         MINI,
         trainer={"max_epochs": 1, "val_check_interval": 50},
@@ -233,7 +237,8 @@ def small_rows() -> Iterator[tuple[str, str, dict[str, Any]]]:
             for method in methods:
                 steps = many if method in ("rbp", "crbp") else 6
                 what = f"48×48 images, {length} dashes, {CELLS[kind]}, {METHODS[method]}, {steps} steps"
-                run = recurrent(small(length, steps), f"small{length}", kind, method, steps, 7)
+                growth = SMALL_GROWTH.get(f"small{length}_{kind}_{method}")
+                run = recurrent(small(length, steps, growth=growth), f"small{length}", kind, method, steps, 7)
                 yield f"small{length}_{kind}_{method}", what, run
         what = f"48×48 images, {length} dashes, feed-forward, 6 layers"
         yield f"small{length}_feedforward", what, feedforward(small(length, 6), f"small{length}", 7)
