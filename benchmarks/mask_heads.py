@@ -3,10 +3,10 @@
     python benchmarks/mask_heads.py --weights runs/start_shapes/version_0/weights/last.safetensors --seeds 0 1
     python benchmarks/mask_heads.py --start start_heaps --weights runs/start_heaps/version_0/weights/last.safetensors
 
-What a trained Panoptic FPN pools from generated shapes is kept, in boxes that are moved a little from the true ones,
-and each head learns the masks from it: every head sees the same crops in the same order. Where more convolutions do
-not help, more steps of a recurrent head cannot be expected to. Results are written after each head; heads that are in
-the file already are left out.
+What a trained Panoptic FPN pools from generated shapes is kept, in boxes that are moved a little from the true ones or
+in those that the network proposes, as in its own training, and each head learns the masks from it: every head sees the
+same crops in the same order. Where more convolutions do not help, more steps of a recurrent head cannot be expected to.
+Results are written after each head; heads that are in the file already are left out.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from panoptic import CONFIGS, iou, measure
 from panoptic_results import FEW_IMAGES, tables
 from torch import Tensor
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
+from torchvision.ops import box_iou
 
 import crbp
 from crbp.bench.measure import environment
@@ -53,6 +54,8 @@ BATCH, RATE = 16, 0.003
 LONG = 30  # steps, beyond all that are trained for
 MOVED = 0.1  # standard deviation of the corners of boxes trained in, in sides of the box
 LEAST = 4.0  # pixels: sides of boxes trained in
+BOXES = ("moved", "proposed")  # of training
+MOST, NEAR = 8, 0.5  # proposals of an image, and how far they overlap an object (IoU), as those that masks train on
 PENALTY = LipschitzPenalty(weight=0.001, bound=0.95, reduction="sum_square")  # as in configs/panoptic/shapes_*
 WEAKER = replace(PENALTY, weight=0.0001)
 
@@ -149,25 +152,33 @@ def shapes(start: str) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def crops(net: PanopticFPN, start: str, split: Split, images: int) -> Crops:
-    """What a network pools in the boxes of a split, true ones for ``"val"``, moved a little for ``"train"``."""
+def crops(net: PanopticFPN, start: str, split: Split, images: int, *, kind: str = "") -> Crops:
+    """What a network pools in the true boxes of a split, or in boxes of another kind, one of `BOXES`."""
     settings = {key: value for key, value in shapes(start).items() if key not in ("train", "val")}
     data = Shapes(**settings, split=split, images=images)
     generator = torch.Generator().manual_seed(0)
     found = []
     for index in range(len(data)):
         image, target = data[index]
-        boxes, every = target["boxes"], torch.arange(len(target["boxes"]))
-        if split == "train":
+        boxes = target["boxes"]
+        if len(boxes) == 0:
+            continue
+        batch, matched = net.batch([image]), torch.arange(len(boxes))
+        features = net.backbone(batch.tensors)
+        if kind == "moved":
             sides = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
             boxes = (boxes + MOVED * sides * torch.randn(boxes.shape, generator=generator)).clamp(0, data.size)
-            every = every[(boxes[:, 2:] - boxes[:, :2]).amin(1) > LEAST]
-        if len(every) == 0:
-            continue
-        features = net.backbone(net.batch([image]).tensors)
-        pooled = net.roi_heads.mask_roi_pool(features, [boxes[every]])
-        masks = mask_targets(target["masks"], boxes[every], every, 2 * pooled.shape[-1])
-        found.append((pooled, masks, target["labels"][every]))
+            matched = matched[(boxes[:, 2:] - boxes[:, :2]).amin(1) > LEAST]
+            boxes = boxes[matched]
+        elif kind == "proposed":
+            every = torch.cat([boxes, net.rpn(batch, features)[0][0]])
+            overlaps, nearest = box_iou(every, boxes).max(dim=1)
+            near = torch.where(overlaps >= NEAR)[0]
+            chosen = near[torch.randperm(len(near), generator=generator)[:MOST]]
+            boxes, matched = every[chosen], nearest[chosen]
+        pooled = net.roi_heads.mask_roi_pool(features, [boxes])
+        masks = mask_targets(target["masks"], boxes, matched, 2 * pooled.shape[-1])
+        found.append((pooled, masks, target["labels"][matched]))
     pooled, masks, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
     return Crops(pooled, masks, labels)
 
@@ -237,6 +248,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, required=True, help="of the Panoptic FPN that crops are pooled by")
     parser.add_argument("--start", choices=FILES, default=START, help="the row that trained it (default: %(default)s)")
+    parser.add_argument("--boxes", choices=BOXES, default="moved", help="to train in (default: %(default)s)")
     parser.add_argument("--updates", type=int, default=1000)
     parser.add_argument("--images", type=int, default=FEW_IMAGES, help="to measure on; the first are always these")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -246,12 +258,13 @@ def main() -> None:
     start, out = options.start, options.out or ROOT / "results" / "panoptic" / FILES[options.start]
     torch.set_num_threads(1)
     net: Any = load_net(options.weights).eval()
-    seen, held_out = crops(net, start, "train", TRAINED), crops(net, start, "val", options.images)
+    seen, held_out = crops(net, start, "train", TRAINED, kind=options.boxes), crops(net, start, "val", options.images)
     rows: list[dict[str, Any]] = json.loads(out.read_text()) if out.exists() else []
     for seed in options.seeds:
         for name in options.heads:
             this = {"head": name, "seed": seed, "updates": options.updates, "images": options.images}
-            if any(this == {key: row[key] for key in this} for row in rows):
+            this["boxes"] = options.boxes
+            if any(this == {"boxes": "moved", **{key: row[key] for key in this if key in row}} for row in rows):
                 continue
             begun = time.process_time()
             head, predictor, found = train(HEADS[name], seen, options.updates, seed)
