@@ -53,7 +53,7 @@ SMALL_LEAD_IN = {5: {3: 1_280}, 9: {3: 1_280, 6: 2_560}, 14: {3: 1_280, 6: 2_560
 SMALL_SIZE = {5: 8_000, 9: 12_800, 14: 16_000}  # images seen in training
 SMALL_LONG = 24_000  # images seen where training goes on
 SMALL_SIDES = {5: {3: 20, 5: 12, 9: 8}, 14: {3: 48}}  # steps of C-RBP for each length of contour and kernel size
-SMALL_GROWTH = {"small14_hgru_crbp": 0.1}  # weight of the penalty on growth where it is not that of the others
+SMALL_GROWTH = {"small14_hgru_crbp": 0.05}  # weight of the penalty on growth where it is not that of the others
 
 
 @dataclass(frozen=True, kw_only=True)
