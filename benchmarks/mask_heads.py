@@ -50,6 +50,7 @@ CHANNELS, THINGS = 64, 10
 TRAINED = 2000  # images
 START = "start_shapes"
 FILES = {START: "mask_heads.json", "start_heaps": "mask_heads_heaps.json"}  # by what is started from
+KEPT = ("pq", "pq_things", "sq_things", "rq_things", "true_box_pq_things")  # of what is measured
 BATCH, RATE = 16, 0.003
 LONG = 30  # steps, beyond all that are trained for
 MOVED = 0.1  # standard deviation of the corners of boxes trained in, in sides of the box
@@ -239,7 +240,7 @@ def quality(net: Any, start: str, head: MaskHead, predictor: MaskPredictor, imag
     counts = [None] if not isinstance(head, RecurrentMaskHead) else [head.steps, LONG]
     found = measure(net, data, counts)
     beyond = {f"pq_at_{LONG}": found[1]["pq"]} if len(found) > 1 else {}
-    every = {name: found[0][name] for name in ("pq", "pq_things")} | beyond
+    every = {name: found[0][name] for name in KEPT} | beyond
     return {name: round(100 * value, 2) for name, value in every.items()}
 
 

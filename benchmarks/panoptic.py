@@ -60,10 +60,11 @@ def measure(net: PanopticFPN, data: PanopticData, counts: Counts) -> list[dict[s
 
     Boxes do not depend on the steps of the mask head: they are found once, and one run of it passes all numbers of
     steps. ``true_box_iou`` is the mean overlap (IoU) with the targets of training in the true boxes, of any class: of
-    the mask head alone.
+    the mask head alone. ``true_box_pq_things`` is the quality of things were their boxes and classes found without a
+    mistake, merged with the stuff that the network sees.
     """
     of = data.categories
-    qualities = [PanopticQuality(of.as_json()) for _ in counts]
+    qualities, exact = ([PanopticQuality(of.as_json()) for _ in counts] for _ in range(2))
     overlaps: list[list[Tensor]] = [[] for _ in counts]
     heads = net.roi_heads
     for batch in data.val_dataloader():
@@ -75,21 +76,25 @@ def measure(net: PanopticFPN, data: PanopticData, counts: Counts) -> list[dict[s
         with temporarily(heads.mask_head, steps=1) if recurrent else nullcontext():  # its masks are not looked at
             (seen,) = heads.detect(features, proposals, images.image_sizes, at_least=net.merge.score)
         (logits,) = net.semantic_head(features)
-        for quality, masks in zip(qualities, masks_at(heads, features, seen.boxes, seen.labels, counts), strict=True):
-            found = replace(seen, masks=masks)
-            result = panoptic_result(found, logits, images.image_sizes[0], target["size"], net.merge)
-            quality.update(result.panoptic, segments_info(result, of), *truth)
         boxes, every = target["boxes"], torch.arange(len(target["boxes"]))
-        given = masks_at(heads, features, boxes, target["labels"], counts)
-        for known, masks in zip(overlaps, given, strict=True):
-            known.append(iou(masks >= 0.5, mask_targets(target["masks"], boxes, every, masks.shape[-1])))
+        known = replace(seen, boxes=boxes, labels=target["labels"], scores=torch.ones(len(boxes)))
+        for detected, of_detected in ((seen, qualities), (known, exact)):
+            each = masks_at(heads, features, detected.boxes, detected.labels, counts)
+            for k, (quality, masks) in enumerate(zip(of_detected, each, strict=True)):
+                found = replace(detected, masks=masks)
+                result = panoptic_result(found, logits, images.image_sizes[0], target["size"], net.merge)
+                quality.update(result.panoptic, segments_info(result, of), *truth)
+                if detected is known:
+                    true = mask_targets(target["masks"], boxes, every, masks.shape[-1])
+                    overlaps[k].append(iou(masks >= 0.5, true))
     return [
         {
             "steps": steps,
             **{name: round(float(value), 5) for name, value in quality.compute().items() if name in QUALITIES},
-            "true_box_iou": round(float(torch.cat(known).mean()), 5),
+            "true_box_iou": round(float(torch.cat(overlap).mean()), 5),
+            "true_box_pq_things": round(float(known_quality.compute()["pq_things"]), 5),
         }
-        for steps, quality, known in zip(counts, qualities, overlaps, strict=True)
+        for steps, quality, overlap, known_quality in zip(counts, qualities, overlaps, exact, strict=True)
     ]
 
 

@@ -110,22 +110,38 @@ def test_what_is_measured_is_what_validation_measures(
     found = load_script("benchmarks/panoptic.py").measure(net.eval(), data, counts)
     assert [each["steps"] for each in found] == counts
     for k, (values, wanted) in enumerate(validated.values()):
-        measured = maps[k :: len(counts)]  # of each image after each number of steps
+        measured = maps[k :: 2 * len(counts)]  # of each image after each number of steps; then those in the true boxes
         assert all(torch.equal(one, other) for one, other in zip(measured, wanted, strict=True))
         assert all(found[k][name.removeprefix("val/")] == pytest.approx(value) for name, value in values.items())
     if kind == "rfpn":
-        assert any(not torch.equal(one, other) for one, other in zip(maps[::2], maps[1::2], strict=True))
+        assert any(not torch.equal(one, other) for one, other in zip(maps[::4], maps[1::4], strict=True))
 
 
-def test_masks_are_measured_in_the_true_boxes(load_script: Callable[[str], ModuleType]) -> None:
+def test_masks_are_measured_in_the_true_boxes(
+    load_script: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
     net = _guessing_net("fpn").eval()
     torch.nn.init.ones_(net.roi_heads.mask_predictor.mask_fcn_logits.bias)
     torch.nn.init.zeros_(net.roi_heads.mask_predictor.mask_fcn_logits.weight)  # every mask is all of its box
     data = PanopticData(GeneratedShapes(size=128, train=4, val=3), shortest=(128,), shortest_test=128, workers=0)
     targets = [batch.targets[0] for batch in data.val_dataloader()]
     true = [mask_targets(each["masks"], each["boxes"], torch.arange(len(each["boxes"])), 12) for each in targets]
-    (found,) = load_script("benchmarks/panoptic.py").measure(net, data, [None])
+    script = load_script("benchmarks/panoptic.py")
+    (found,) = script.measure(net, data, [None])
     assert found["true_box_iou"] == pytest.approx(float(torch.cat(true).float().mean()), abs=1e-4)
+
+    def drawn(heads: Any, features: Any, boxes: Tensor, labels: Tensor, counts: Any) -> Any:
+        """The true masks in the true boxes, and none elsewhere."""
+        for target in targets:
+            if torch.equal(boxes, target["boxes"]):
+                return [mask_targets(target["masks"], boxes, torch.arange(len(boxes)), 48).float()]
+        return [torch.zeros(len(boxes), 48, 48)]
+
+    monkeypatch.setattr(script, "masks_at", drawn)
+    (ideal,) = script.measure(net, data, [None])
+    assert ideal["true_box_iou"] == 1
+    assert ideal["true_box_pq_things"] > 0.8 > found["true_box_pq_things"]
+    assert ideal["pq_things"] == 0
 
 
 def _guessing_net(kind: str) -> Any:
