@@ -34,7 +34,7 @@ COLUMNS = (
     "row", "seed", "trained_steps", "parameters", "images", "steps", *QUALITIES, "true_box_iou", "seconds",
     "saved_mib", "commit",
 )  # fmt: skip
-FILES = ("mask_heads", "overfit", "cost")
+FILES = ("mask_heads", "mask_heads_heaps", "overfit", "cost")
 FEW = 1000  # updates of a mask head trained alone
 FEW_IMAGES, MORE_IMAGES = 200, 1000  # that it is measured on
 LEARNT = ("pq", "pq_things", "pq_stuff", "rq", "box_ap", "mask_ap")
@@ -131,8 +131,16 @@ def heads_table(rows: Iterable[dict[str, Any]]) -> str:
     for row in sorted(rows, key=lambda row: row["updates"]):
         found.setdefault((row["updates"], row["head"]), []).append(row)
     columns = {"loss": ("loss", ".3f"), "iou": ("IoU", ".1f")}
-    if any("pq" in row for seeds in found.values() for row in seeds):
-        columns |= {"pq": ("PQ at N", ".2f"), "pq_things": ("PQ things", ".1f"), "pq_at_30": ("PQ at 30 steps", ".2f")}
+    optional = {
+        "iou_low": ("a tenth is below", ".1f"),
+        "iou_high": ("a tenth is above", ".1f"),
+        "true_box_pq_things": ("PQ things, true boxes", ".2f"),
+        "pq": ("PQ at N", ".2f"),
+        "pq_things": ("PQ things", ".1f"),
+        "pq_at_30": ("PQ at 30 steps", ".2f"),
+    }
+    known = {key for seeds in found.values() for row in seeds for key in row}
+    columns |= {key: column for key, column in optional.items() if key in known}
     several = len({updates for updates, _ in found}) > 1
     body = [
         [
@@ -189,7 +197,7 @@ def time_table(found: dict[str, Any]) -> str:
 
 def tables(folder: Path) -> dict[str, str]:
     """The tables of the page in a folder, from the files beside it."""
-    heads, overfit, cost = (json.loads((folder / f"{name}.json").read_text()) for name in FILES)
+    heads, heaps, overfit, cost = (json.loads((folder / f"{name}.json").read_text()) for name in FILES)
     return {
         "overfit": overfit_table(overfit),
         "memory": memory_table(cost["memory"]),
@@ -198,6 +206,7 @@ def tables(folder: Path) -> dict[str, str]:
         "heads": heads_table(row for row in heads if row["updates"] <= FEW and row["images"] == FEW_IMAGES),
         "heads_long": heads_table(row for row in heads if row["updates"] > FEW and row["images"] == FEW_IMAGES),
         "heads_more": heads_table(row for row in heads if row["images"] == MORE_IMAGES),
+        "heads_heaps": heads_table(row for row in heaps if row["boxes"] == "proposed"),
     }
 
 

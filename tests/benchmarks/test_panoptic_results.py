@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import crbp
+from crbp.data.panoptic import Shapes
 from crbp.metrics import PanopticQuality
 from crbp.models import RFPN, PanopticFPN
 from crbp.models.panoptic import mini_settings
@@ -142,6 +143,23 @@ def test_masks_are_measured_in_the_true_boxes(
     assert ideal["true_box_iou"] == 1
     assert ideal["true_box_pq_things"] > 0.8 > found["true_box_pq_things"]
     assert ideal["pq_things"] == 0
+
+
+def test_heads_are_trained_in_moved_or_proposed_boxes_and_measured_in_the_true_ones(
+    load_script: Callable[[str], ModuleType],
+) -> None:
+    script, net = load_script("benchmarks/mask_heads.py"), _guessing_net("fpn").eval()
+    for start, settings in (("start_shapes", {"objects": (3, 7)}), ("start_heaps", {"objects": (4, 8), "alike": 0.6})):
+        data = Shapes(128, split="val", images=3, seed=1, looks="coloured", zoom=1.6, **settings)
+        labels = torch.cat([data[k][1]["labels"] for k in range(3)])
+        true = script.crops(net, start, "val", 3)
+        assert true.labels.tolist() == labels.tolist()
+        moved, proposed = (script.crops(net, start, "val", 3, kind=kind) for kind in script.BOXES)
+        assert moved.labels.tolist() == labels.tolist()
+        assert not torch.equal(moved.masks, true.masks)
+        assert len(proposed) <= 3 * script.MOST
+        assert set(proposed.labels.tolist()) <= set(labels.tolist())
+        assert proposed.masks.float().mean() > 0.5 * true.masks.float().mean()  # of the objects that they overlap
 
 
 def _guessing_net(kind: str) -> Any:
