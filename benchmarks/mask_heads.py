@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import yaml
@@ -26,13 +26,14 @@ from _runs import ROOT
 from _tables import with_tables
 from panoptic import CONFIGS, iou, measure
 from panoptic_results import FEW_IMAGES, tables
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
 from torchvision.ops import box_iou
 
 import crbp
 from crbp.bench.measure import environment
 from crbp.data.panoptic import Shapes
+from crbp.data.panoptic._looks import ALIKE
 from crbp.data.panoptic.shapes import Split
 from crbp.models import PanopticFPN
 from crbp.models.panoptic.mask_head import (
@@ -43,7 +44,7 @@ from crbp.models.panoptic.mask_head import (
     mask_loss,
     mask_targets,
 )
-from crbp.tasks import LipschitzPenalty, PanopticData, load_net
+from crbp.tasks import LipschitzPenalty, PanopticData, load_trained
 from crbp.tasks.weights import build
 
 CHANNELS, THINGS = 64, 10
@@ -55,8 +56,9 @@ BATCH, RATE = 16, 0.003
 LONG = 30  # steps, beyond all that are trained for
 MOVED = 0.1  # standard deviation of the corners of boxes trained in, in sides of the box
 LEAST = 4.0  # pixels: sides of boxes trained in
-BOXES = ("moved", "proposed")  # of training
-MOST, NEAR = 8, 0.5  # proposals of an image, and how far they overlap an object (IoU), as those that masks train on
+Boxes = Literal["true", "moved", "proposed"]
+MOST = 8  # proposals of an image
+NEAR = 0.5  # how far they overlap an object (IoU) at least, as those that masks are trained in
 PENALTY = LipschitzPenalty(weight=0.001, bound=0.95, reduction="sum_square")  # as in configs/panoptic/shapes_*
 WEAKER = replace(PENALTY, weight=0.0001)
 
@@ -102,7 +104,6 @@ HEADS = {
     "no convolution": convolutions(0),
     "1 convolution": convolutions(1),
     "2 convolutions": convolutions(2),
-    "3 convolutions": convolutions(3),
     "4 convolutions (Panoptic FPN)": convolutions(4),
     "8 convolutions": convolutions(8),
     "R-FPN, BPTT, 1 step": bptt(1),
@@ -147,6 +148,16 @@ class Crops:
         return Crops(self.pooled[chosen], self.masks[chosen], self.labels[chosen])
 
 
+def trained_on(start: str, weights: Path) -> nn.Module:
+    """The network of a file; SystemExit unless it was trained on shapes of that kind."""
+    net, origin = load_trained(weights)
+    kinds = (origin.run["data"]["init_args"]["source"]["init_args"], shapes(start))
+    seen, wanted = ({"alike": ALIKE, **kind} for kind in kinds)
+    if wrong := [key for key in ("size", "objects", "looks", "zoom", "alike") if seen[key] != wanted[key]]:
+        raise SystemExit(f"{weights} was trained on shapes of other {', '.join(wrong)} than those of {start}")
+    return net
+
+
 def shapes(start: str) -> dict[str, Any]:
     """The settings of the shapes of the row that is started from, but of another seed: images that it has not seen."""
     config = yaml.safe_load((CONFIGS / f"{start}.yaml").read_text())
@@ -154,8 +165,8 @@ def shapes(start: str) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def crops(net: PanopticFPN, start: str, split: Split, images: int, *, kind: str = "") -> Crops:
-    """What a network pools in the true boxes of a split, or in boxes of another kind, one of `BOXES`."""
+def crops(net: PanopticFPN, start: str, split: Split, images: int, *, kind: Boxes = "true") -> Crops:
+    """What a network pools in the true boxes of a split, in boxes moved a little, or in those that it proposes."""
     settings = {key: value for key, value in shapes(start).items() if key not in ("train", "val")}
     data = Shapes(**settings, split=split, images=images)
     generator = torch.Generator().manual_seed(0)
@@ -178,6 +189,8 @@ def crops(net: PanopticFPN, start: str, split: Split, images: int, *, kind: str 
             near = torch.where(overlaps >= NEAR)[0]
             chosen = near[torch.randperm(len(near), generator=generator)[:MOST]]
             boxes, matched = every[chosen], nearest[chosen]
+        if len(boxes) == 0:
+            continue
         pooled = net.roi_heads.mask_roi_pool(features, [boxes])
         masks = mask_targets(target["masks"], boxes, matched, 2 * pooled.shape[-1])
         found.append((pooled, masks, target["labels"][matched]))
@@ -252,7 +265,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, required=True, help="of the Panoptic FPN that crops are pooled by")
     parser.add_argument("--start", choices=FILES, default=START, help="the row that trained it (default: %(default)s)")
-    parser.add_argument("--boxes", choices=BOXES, default="moved", help="to train in (default: %(default)s)")
+    parser.add_argument(
+        "--boxes", choices=get_args(Boxes)[1:], default="moved", help="to train in (default: %(default)s)"
+    )
     parser.add_argument("--updates", type=int, default=1000)
     parser.add_argument("--images", type=int, default=FEW_IMAGES, help="to measure on; the first are always these")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -261,14 +276,14 @@ def main() -> None:
     options = parser.parse_args()
     start, out = options.start, options.out or ROOT / "results" / "panoptic" / FILES[options.start]
     torch.set_num_threads(1)
-    net: Any = load_net(options.weights).eval()
+    net: Any = trained_on(start, options.weights).eval()
     seen, held_out = crops(net, start, "train", TRAINED, kind=options.boxes), crops(net, start, "val", options.images)
     rows: list[dict[str, Any]] = json.loads(out.read_text()) if out.exists() else []
     for seed in options.seeds:
         for name in options.heads:
             this = {"head": name, "seed": seed, "updates": options.updates, "images": options.images}
-            this["boxes"] = options.boxes
-            if any(this == {"boxes": "moved", **{key: row[key] for key in this if key in row}} for row in rows):
+            this |= {"boxes": options.boxes}
+            if any(this == {key: row[key] for key in this} for row in rows):
                 continue
             begun = time.process_time()
             head, predictor, found = train(HEADS[name], seen, options.updates, seed)

@@ -61,7 +61,7 @@ def measure(net: PanopticFPN, data: PanopticData, counts: Counts) -> list[dict[s
     Boxes do not depend on the steps of the mask head: they are found once, and one run of it passes all numbers of
     steps. ``true_box_iou`` is the mean overlap (IoU) with the targets of training in the true boxes, of any class: of
     the mask head alone. ``true_box_pq_things`` is the quality of things were their boxes and classes found without a
-    mistake, merged with the stuff that the network sees.
+    mistake, merged with the stuff that the network sees; where two masks overlap the thing named first has the pixel.
     """
     of = data.categories
     qualities, exact = ([PanopticQuality(of.as_json()) for _ in counts] for _ in range(2))

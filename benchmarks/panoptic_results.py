@@ -198,14 +198,17 @@ def time_table(found: dict[str, Any]) -> str:
 def tables(folder: Path) -> dict[str, str]:
     """The tables of the page in a folder, from the files beside it."""
     heads, heaps, overfit, cost = (json.loads((folder / f"{name}.json").read_text()) for name in FILES)
+    few = [row for row in heads if row["images"] == FEW_IMAGES and row["boxes"] == "moved"]
+    more, heaps = ([row for row in each if row["images"] == MORE_IMAGES] for each in (heads, heaps))
     return {
         "overfit": overfit_table(overfit),
         "memory": memory_table(cost["memory"]),
         "time": time_table(cost),
         "shapes": table(read(folder / "table.csv")),
-        "heads": heads_table(row for row in heads if row["updates"] <= FEW and row["images"] == FEW_IMAGES),
-        "heads_long": heads_table(row for row in heads if row["updates"] > FEW and row["images"] == FEW_IMAGES),
-        "heads_more": heads_table(row for row in heads if row["images"] == MORE_IMAGES),
+        "heads": heads_table(row for row in few if row["updates"] <= FEW),
+        "heads_long": heads_table(row for row in few if row["updates"] > FEW),
+        "heads_more": heads_table(row for row in more if row["boxes"] == "moved"),
+        "heads_proposed": heads_table(row for row in more if row["boxes"] == "proposed"),
         "heads_heaps": heads_table(row for row in heaps if row["boxes"] == "proposed"),
     }
 

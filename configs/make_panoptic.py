@@ -168,7 +168,7 @@ def rows() -> Iterator[tuple[str, str, dict[str, Any]]]:
         yield f"{name}_r50_detectron2", what, coco(method, 50, 1, weights=None)
     shapes = "Coloured shapes of 128 pixels, narrow ResNet-18"
     yield START, f"{shapes}: what the rows shapes_* start from", small("fpn", 128, START_STEPS, narrow=True)
-    what = f"{shapes}, in heaps of one look: what benchmarks/mask_heads.py starts from there"
+    what = f"{shapes}, in heaps of one look: pools the crops of benchmarks/mask_heads.py --start {START_HEAPS}"
     yield START_HEAPS, what, small("fpn", 128, START_STEPS, narrow=True, heaps=True)
     for method in COMPARED:
         name = "fpn" if method == "fpn" else f"rfpn_{method}"

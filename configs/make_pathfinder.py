@@ -217,7 +217,9 @@ def small(length: int, steps: int, kernel_size: int = 7, growth: float | None = 
     """
     # Far to go for each step: with slow gates and a strong penalty the model would arrive after N (results/pathfinder).
     far = length == 14 or kernel_size < 7
-    growth, beyond = growth or (0.2 if far or length == 9 else 1.0), 0.5 if length == 14 else 2
+    if growth is None:
+        growth = 0.2 if far or length == 9 else 1.0
+    beyond = 0.5 if length == 14 else 2
     return replace(
         MINI,
         trainer={"max_epochs": 1, "val_check_interval": 50},

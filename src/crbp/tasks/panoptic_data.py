@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from crbp._checks import count
 from crbp.data.panoptic import Augment, Categories, CocoPanoptic, DataError, PanopticDataset, Resize, Target, collate
 from crbp.data.panoptic import Key as ImageKey
-from crbp.data.panoptic._looks import Looks
+from crbp.data.panoptic._looks import ALIKE, Looks
 from crbp.data.panoptic.dataset import example, scene_truth
 from crbp.data.panoptic.transforms import SHORTEST, Transform
 from crbp.tasks._resume import ResumableData
@@ -155,7 +155,7 @@ class GeneratedShapes(PanopticSource):
         objects: least and most things of an image.
         looks: of things: ``"textured"``, ``"plain"`` or ``"coloured"``.
         zoom: how many times as large everything is, 1 to 2.
-        alike: share of the things that are laid over one that looks the same, 0 to 0.75.
+        alike: share of things laid over one that looks the same, 0 to 0.75; see `crbp.data.panoptic.Shapes`.
         seed: another seed gives other images.
     """
 
@@ -165,7 +165,7 @@ class GeneratedShapes(PanopticSource):
     objects: tuple[int, int] = (6, 14)
     looks: Looks = "textured"
     zoom: float = 1.0
-    alike: float = 0.25
+    alike: float = ALIKE
     seed: int = 0
 
     @property

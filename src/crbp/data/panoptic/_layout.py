@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from crbp.data.panoptic import _paint
 from crbp.data.panoptic._forms import COMPACT, FORMS, MARGIN, Form, Points, Stream, Vector, stroke
-from crbp.data.panoptic._looks import Looks
+from crbp.data.panoptic._looks import ACROSS, ALIKE, Looks
 from crbp.data.panoptic._paint import WINDOW
 
 THINGS = tuple(FORMS)
@@ -19,8 +19,6 @@ STREAM_VERSION = 1  # a change of what is drawn for a seed changes it
 
 LEAST_VISIBLE = 0.4  # share of a thing that stays visible
 LEAST_AREA = 60.0  # square units of a thing, or of a kind of stuff, that stay visible
-ALIKE = 0.25  # share of the things proposed that are laid beside one that looks the same
-ACROSS = 0.25  # and of those laid across a long one
 _TRIES = 12
 
 Texture = NDArray[np.float64]
@@ -56,10 +54,9 @@ def draw(
     index: int,
 ) -> Drawn:
     """The picture `index` of a split: a function of the arguments alone, the same on every machine."""
-    kinds = (
-        [looks] * (looks != "textured") + [f"{zoom!r} times"] * (zoom != 1.0) + [f"{alike!r} alike"] * (alike != ALIKE)
-    )
-    words = f"{' '.join([*kinds, 'shapes'])} {STREAM_VERSION} {size} {objects[0]} {objects[1]} {seed} {split} {index}"
+    changes = {looks: looks != "textured", f"{zoom!r} times": zoom != 1.0, f"{alike!r} alike": alike != ALIKE}
+    kind = " ".join([*(word for word, changed in changes.items() if changed), "shapes"])
+    words = f"{kind} {STREAM_VERSION} {size} {objects[0]} {objects[1]} {seed} {split} {index}"
     stream = Stream(int.from_bytes(hashlib.blake2b(words.encode(), digest_size=16).digest(), "little"))
     picture = _Picture(size, stream, WINDOW / zoom, looks, alike)
     if stream.chance(0.1):

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from crbp._command import Parser
-from crbp.data.panoptic._looks import Looks
+from crbp.data.panoptic._looks import ALIKE, Looks
 from crbp.data.panoptic.check import Report, check
 from crbp.errors import CrbpError
 
@@ -77,9 +77,9 @@ def shapes_parser() -> Parser:
     parser.add_argument(
         "--alike",
         type=float,
-        default=0.25,
+        default=ALIKE,
         metavar="SHARE",
-        help="of the things that are laid over one that looks the same, 0 to 0.75 (default: 0.25)",
+        help="of things laid over one that looks the same, 0 to 0.75 (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=0, help="another seed gives other images (default: 0)")
     parser.add_argument("--jobs", dest="workers", type=int, help="processes (default: the cores at hand)")

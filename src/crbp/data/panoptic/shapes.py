@@ -10,7 +10,7 @@ from PIL import Image
 
 from crbp._checks import choice, count
 from crbp.data._extras import require
-from crbp.data.panoptic._looks import Looks
+from crbp.data.panoptic._looks import ACROSS, ALIKE, Looks
 from crbp.data.panoptic.categories import Categories
 from crbp.data.panoptic.dataset import PanopticDataset, Scene
 from crbp.data.panoptic.transforms import Transform
@@ -43,8 +43,8 @@ class Shapes(PanopticDataset):
     Things that look ``"plain"`` have one colour each, which makes their shapes easier to see; they still overlap others
     of the same colour. ``"coloured"`` ones have besides, as much in the world does, a colour by which their class is
     told, and overlap others of their class. With ``zoom`` a picture shows less of the same world, in which all is as
-    many times as large. The more things are ``alike``, the more come in heaps of one look, where what a pixel belongs
-    to is not told by what is near it.
+    many times as large. The more things are ``alike``, the more come in heaps of one look, where the surroundings of a
+    pixel do not tell which thing it belongs to.
 
     Image i is a function of ``(size, objects, looks, zoom, alike, seed, split, i)`` alone, and what `write_shapes`
     writes.
@@ -56,8 +56,8 @@ class Shapes(PanopticDataset):
         objects: least and most things of an image; one that finds no place where enough of all can be seen is left out.
         looks: of things, ``"textured"``, ``"plain"`` or ``"coloured"``.
         zoom: how many times as large everything is, 1 to 2.
-        alike: share of the things that are laid over one that looks the same, 0 to 0.75; fewer where
-            they find no place.
+        alike: share of the things proposed that are laid over one that looks the same, 0 to 0.75; where no long one is
+            there to lay another across, which a quarter of them is for, those are laid so as well.
         seed: another seed gives other images.
         transform: chooses size and flip of each image; None keeps every image as it is.
 
@@ -74,7 +74,7 @@ class Shapes(PanopticDataset):
         objects: tuple[int, int] = (6, 14),
         looks: Looks = "textured",
         zoom: float = 1.0,
-        alike: float = _layout.ALIKE,
+        alike: float = ALIKE,
         seed: int = 0,
         transform: Transform | None = None,
     ) -> None:
@@ -119,8 +119,8 @@ def check_task(size: int, objects: tuple[int, int], looks: Looks, zoom: float, a
     choice("looks", looks, get_args(Looks))
     if isinstance(zoom, bool) or not isinstance(zoom, int | float) or not ZOOMS[0] <= zoom <= ZOOMS[1]:
         raise ValueError(f"zoom must be a number of {ZOOMS[0]:g} to {ZOOMS[1]:g}, not {zoom!r}")
-    if isinstance(alike, bool) or not isinstance(alike, int | float) or not 0.0 <= alike <= 1.0 - _layout.ACROSS:
-        raise ValueError(f"alike must be a share of 0 to {1.0 - _layout.ACROSS:g}, not {alike!r}")
+    if isinstance(alike, bool) or not isinstance(alike, int | float) or not 0.0 <= alike <= 1.0 - ACROSS:
+        raise ValueError(f"alike must be a share of 0 to {1.0 - ACROSS:g}, not {alike!r}")
     count("seed", seed, at_least=0)
 
 

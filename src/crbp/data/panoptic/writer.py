@@ -21,8 +21,8 @@ from crbp.data._files import (
     write_checksums,
     write_missing,
 )
-from crbp.data.panoptic._layout import ALIKE, STREAM_VERSION
-from crbp.data.panoptic._looks import Looks
+from crbp.data.panoptic._layout import STREAM_VERSION
+from crbp.data.panoptic._looks import ALIKE, Looks
 from crbp.data.panoptic.dataset import instance_annotations, segments_info
 from crbp.data.panoptic.formats import png, rgb_from_ids
 from crbp.data.panoptic.shapes import CATEGORIES, Shapes, Split, check_task
@@ -78,7 +78,7 @@ def write_shapes(
         objects: least and most things of an image; see `Shapes`.
         looks: of things; see `Shapes`.
         zoom: how many times as large everything is, 1 to 2.
-        alike: share of the things that are laid over one that looks the same, 0 to 0.75.
+        alike: share of things laid over one that looks the same, 0 to 0.75; see `Shapes`.
         seed: of the set.
         batch_size: images a checksum file.
         workers: processes; the cores at hand by default; 1 works in this process.
