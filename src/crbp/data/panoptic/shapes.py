@@ -78,7 +78,7 @@ class Shapes(PanopticDataset):
         seed: int = 0,
         transform: Transform | None = None,
     ) -> None:
-        check_task(size, objects, looks, zoom, alike, seed)
+        _check(size, objects, looks, zoom, alike, seed)
         choice("split", split, get_args(Split))
         count("images", images)
         super().__init__(CATEGORIES, transform)
@@ -110,7 +110,7 @@ class Shapes(PanopticDataset):
         return f"Shapes({self.size} px, split={self.split!r}, images={len(self)}, seed={self.seed})"
 
 
-def check_task(size: int, objects: tuple[int, int], looks: Looks, zoom: float, alike: float, seed: int) -> None:
+def _check(size: int, objects: tuple[int, int], looks: Looks, zoom: float, alike: float, seed: int) -> None:
     """Raise ValueError unless images with these settings can be made."""
     if isinstance(size, bool) or not isinstance(size, int) or not SIZES[0] <= size <= SIZES[1]:
         raise ValueError(f"size must be a whole number of {SIZES[0]} to {SIZES[1]} pixels, not {size!r}")

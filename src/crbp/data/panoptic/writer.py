@@ -25,7 +25,7 @@ from crbp.data.panoptic._layout import STREAM_VERSION
 from crbp.data.panoptic._looks import ALIKE, Looks
 from crbp.data.panoptic.dataset import instance_annotations, segments_info
 from crbp.data.panoptic.formats import png, rgb_from_ids
-from crbp.data.panoptic.shapes import CATEGORIES, Shapes, Split, check_task
+from crbp.data.panoptic.shapes import CATEGORIES, Shapes, Split
 
 require("rich")
 
@@ -36,13 +36,7 @@ class _Job(NamedTuple):
     """Some images of one split to write."""
 
     out: Path
-    size: int
-    objects: tuple[int, int]
-    looks: Looks
-    zoom: float
-    alike: float
-    seed: int
-    split: Split
+    shapes: Shapes
     batch: int
     start: int
     images: int
@@ -88,9 +82,11 @@ def write_shapes(
         ValueError: an argument is out of range.
         DataError: `out` holds another data set.
     """
-    check_task(size, objects, looks, zoom, alike, seed)
-    for name, value in (("images", images[0]), ("images", images[-1]), ("batch_size", batch_size)):
-        count(name, value)
+    sets = [
+        Shapes(size, split=split, images=total, objects=objects, looks=looks, zoom=zoom, alike=alike, seed=seed)
+        for split, total in zip(get_args(Split), images, strict=True)
+    ]
+    count("batch_size", batch_size)
     if workers is not None:
         count("workers", workers)
     root, manifest = Path(out), Path(out) / "manifest.json"
@@ -109,21 +105,9 @@ def write_shapes(
     }
     _claim(manifest, task)
     jobs = [
-        _Job(
-            root,
-            size,
-            (objects[0], objects[1]),
-            looks,
-            zoom,
-            alike,
-            seed,
-            split,
-            k,
-            start,
-            min(batch_size, total - start),
-        )
-        for split, total in zip(get_args(Split), images, strict=True)
-        for k, start in enumerate(range(0, total, batch_size))
+        _Job(root, shapes, k, start, min(batch_size, len(shapes) - start))
+        for shapes in sets
+        for k, start in enumerate(range(0, len(shapes), batch_size))
     ]
     made = write_missing(jobs, _write_batch, _checksums, what="writing shapes", workers=workers, progress=progress)
     _finish(root, jobs, manifest, task)
@@ -139,7 +123,7 @@ def _claim(manifest: Path, task: dict[str, Any]) -> None:
 
 
 def _name(job: _Job) -> str:
-    return f"{job.split}-{job.batch:06d}"
+    return f"{job.shapes.split}-{job.batch:06d}"
 
 
 def _checksums(job: _Job) -> Path:
@@ -148,28 +132,19 @@ def _checksums(job: _Job) -> Path:
 
 def _write_batch(job: _Job) -> int:
     """Write the images of a batch, their part of the JSON files, then its checksums, which say that it is whole."""
-    shapes = Shapes(
-        job.size,
-        split=job.split,
-        images=job.start + job.images,
-        objects=job.objects,
-        looks=job.looks,
-        zoom=job.zoom,
-        alike=job.alike,
-        seed=job.seed,
-    )
     sums: dict[str, str] = {}
     part: dict[str, list[Any]] = {"images": [], "panoptic": [], "instances": []}
+    side = job.shapes.size
     for index in range(job.start, job.start + job.images):
-        scene = shapes.scene(index)
+        scene = job.shapes.scene(index)
         name = f"{scene.image_id:012d}.png"
         ids = np.concatenate([np.zeros(1, np.int32), scene.ids])[scene.places]
         for path, pixels in (
-            (f"{job.split}/{name}", np.asarray(scene.image)),
-            (f"panoptic_{job.split}/{name}", rgb_from_ids(ids)),
+            (f"{job.shapes.split}/{name}", np.asarray(scene.image)),
+            (f"panoptic_{job.shapes.split}/{name}", rgb_from_ids(ids)),
         ):
             sums[path] = write_atomic(job.out / path, png(pixels))
-        part["images"].append({"id": scene.image_id, "file_name": name, "height": job.size, "width": job.size})
+        part["images"].append({"id": scene.image_id, "file_name": name, "height": side, "width": side})
         part["panoptic"].append({"image_id": scene.image_id, "file_name": name, "segments_info": segments_info(scene)})
         # No image has as many segments, so that the numbers of annotations are a function of the image too.
         part["instances"] += instance_annotations(scene, CATEGORIES, first_id=256 * index + 1)
@@ -187,7 +162,7 @@ def _finish(out: Path, jobs: list[_Job], manifest: Path, task: dict[str, Any]) -
     for split in get_args(Split):
         whole: dict[str, list[Any]] = {"images": [], "panoptic": [], "instances": []}
         for job in jobs:
-            if job.split == split:
+            if job.shapes.split == split:
                 part = json.loads((out / "parts" / f"{_name(job)}.json").read_bytes())
                 for key, entries in whole.items():
                     entries += part[key]
