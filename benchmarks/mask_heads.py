@@ -281,8 +281,8 @@ def main() -> None:
     rows: list[dict[str, Any]] = json.loads(out.read_text()) if out.exists() else []
     for seed in options.seeds:
         for name in options.heads:
-            this = {"head": name, "seed": seed, "updates": options.updates, "images": options.images}
-            this |= {"boxes": options.boxes}
+            asked = {key: getattr(options, key) for key in ("updates", "images", "boxes")}
+            this = {"head": name, "seed": seed, **asked}
             if any(this == {key: row[key] for key in this} for row in rows):
                 continue
             begun = time.process_time()

@@ -79,14 +79,13 @@ def measure(net: PanopticFPN, data: PanopticData, counts: Counts) -> list[dict[s
         boxes, every = target["boxes"], torch.arange(len(target["boxes"]))
         known = replace(seen, boxes=boxes, labels=target["labels"], scores=torch.ones(len(boxes)))
         for detected, of_detected in ((seen, qualities), (known, exact)):
-            each = masks_at(heads, features, detected.boxes, detected.labels, counts)
-            for k, (quality, masks) in enumerate(zip(of_detected, each, strict=True)):
+            given = list(masks_at(heads, features, detected.boxes, detected.labels, counts))
+            for quality, masks in zip(of_detected, given, strict=True):
                 found = replace(detected, masks=masks)
                 result = panoptic_result(found, logits, images.image_sizes[0], target["size"], net.merge)
                 quality.update(result.panoptic, segments_info(result, of), *truth)
-                if detected is known:
-                    true = mask_targets(target["masks"], boxes, every, masks.shape[-1])
-                    overlaps[k].append(iou(masks >= 0.5, true))
+        for overlap, masks in zip(overlaps, given, strict=True):  # of those in the true boxes, which came last
+            overlap.append(iou(masks >= 0.5, mask_targets(target["masks"], boxes, every, masks.shape[-1])))
     return [
         {
             "steps": steps,

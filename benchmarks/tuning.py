@@ -3,8 +3,7 @@
     python benchmarks/tuning.py small14_hgru_bptt small9_hgru_rbp      # 4 trainings each; resumes what was cut off
 
 C-RBP had seven sets on 14 dashes; with the one of the configuration the others have five each, C-BPTT six and RBP
-four. Writes
-`results/pathfinder/tuning.csv`, a line for each set; one that the file has is left out.
+four. Writes `results/pathfinder/tuning.csv`, a line for each set; one that the file has is left out.
 """
 
 from __future__ import annotations
