@@ -25,7 +25,7 @@ import yaml
 from _runs import ROOT
 from _tables import with_tables
 from panoptic import CONFIGS, iou, measure
-from panoptic_results import FEW_IMAGES, tables
+from panoptic_results import FEW_IMAGES, TRAINED, tables
 from torch import Tensor, nn
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
 from torchvision.ops import box_iou
@@ -48,7 +48,6 @@ from crbp.tasks import LipschitzPenalty, PanopticData, load_trained
 from crbp.tasks.weights import build
 
 CHANNELS, THINGS = 64, 10
-TRAINED = 2000  # images
 START = "start_shapes"
 FILES = {START: "mask_heads.json", "start_heaps": "mask_heads_heaps.json"}  # by what is started from
 KEPT = ("pq", "pq_things", "sq_things", "rq_things", "true_box_pq_things")  # of what is measured
@@ -104,6 +103,7 @@ HEADS = {
     "no convolution": convolutions(0),
     "1 convolution": convolutions(1),
     "2 convolutions": convolutions(2),
+    "3 convolutions": convolutions(3),  # with about as many parameters as R-FPN's
     "4 convolutions (Panoptic FPN)": convolutions(4),
     "8 convolutions": convolutions(8),
     "R-FPN, BPTT, 1 step": bptt(1),
@@ -269,6 +269,7 @@ def main() -> None:
         "--boxes", choices=get_args(Boxes)[1:], default="moved", help="to train in (default: %(default)s)"
     )
     parser.add_argument("--updates", type=int, default=1000)
+    parser.add_argument("--trained", type=int, default=TRAINED, help="images to train on (default: %(default)s)")
     parser.add_argument("--images", type=int, default=FEW_IMAGES, help="to measure on; the first are always these")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--heads", nargs="+", choices=HEADS, default=list(HEADS), metavar="NAME", help="all by default")
@@ -277,11 +278,14 @@ def main() -> None:
     start, out = options.start, options.out or ROOT / "results" / "panoptic" / FILES[options.start]
     torch.set_num_threads(1)
     net: Any = trained_on(start, options.weights).eval()
-    seen, held_out = crops(net, start, "train", TRAINED, kind=options.boxes), crops(net, start, "val", options.images)
+    seen, held_out = (
+        crops(net, start, "train", options.trained, kind=options.boxes),
+        crops(net, start, "val", options.images),
+    )
     rows: list[dict[str, Any]] = json.loads(out.read_text()) if out.exists() else []
     for seed in options.seeds:
         for name in options.heads:
-            asked = {key: getattr(options, key) for key in ("updates", "images", "boxes")}
+            asked = {key: getattr(options, key) for key in ("updates", "trained", "images", "boxes")}
             this = {"head": name, "seed": seed, **asked}
             if any(this == {key: row[key] for key in this} for row in rows):
                 continue

@@ -37,6 +37,7 @@ COLUMNS = (
 FILES = ("mask_heads", "mask_heads_heaps", "overfit", "cost")
 FEW = 1000  # updates of a mask head trained alone
 FEW_IMAGES, MORE_IMAGES = 200, 1000  # that it is measured on
+TRAINED = 2000  # images that it is trained on, unless these are few
 LEARNT = ("pq", "pq_things", "pq_stuff", "rq", "box_ap", "mask_ap")
 NETS = ("Panoptic FPN", "R-FPN, N = 20")
 SPREAD = ("median", "min", "max")
@@ -126,10 +127,13 @@ def table(lines: Iterable[Line]) -> str:
 
 
 def heads_table(rows: Iterable[dict[str, Any]]) -> str:
-    """A row for each mask head trained alone, by number of updates, its seeds side by side; see `mask_heads.py`."""
-    found: dict[tuple[int, str], list[dict[str, Any]]] = {}
-    for row in sorted(rows, key=lambda row: row["updates"]):
-        found.setdefault((row["updates"], row["head"]), []).append(row)
+    """A row for each mask head trained alone, its seeds side by side; see `mask_heads.py`.
+
+    By number of images trained on and of updates, told where there are several.
+    """
+    found: dict[tuple[int, int, str], list[dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: (row["trained"], row["updates"])):
+        found.setdefault((row["trained"], row["updates"], row["head"]), []).append(row)
     columns = {"loss": ("loss", ".3f"), "iou": ("IoU", ".1f")}
     optional = {
         "iou_low": ("a tenth is below", ".1f"),
@@ -141,19 +145,19 @@ def heads_table(rows: Iterable[dict[str, Any]]) -> str:
     }
     known = {key for seeds in found.values() for row in seeds for key in row}
     columns |= {key: column for key, column in optional.items() if key in known}
-    several = len({updates for updates, _ in found}) > 1
+    told = [len({each[place] for each in found}) > 1 for place in (0, 1)]
     body = [
         [
             name,
-            *([f"{updates:,}"] if several else []),
+            *(f"{number:,}" for number, tell in zip(numbers, told, strict=True) if tell),
             f"{seeds[0]['parameters']:,}",
             *(", ".join(f"{row[key]:{form}}" for row in seeds if key in row) for key, (_, form) in columns.items()),
             ", ".join(f"{row['seconds'] / 60:.0f}" for row in seeds),
         ]
-        for (updates, name), seeds in found.items()
+        for (*numbers, name), seeds in found.items()
     ]
-    titles = [title for title, _ in columns.values()]
-    return markdown(("mask head", *(["updates"] if several else []), "parameters", *titles, "minutes"), body)
+    numbered = [title for title, tell in zip(("images", "updates"), told, strict=True) if tell]
+    return markdown(("mask head", *numbered, "parameters", *(title for title, _ in columns.values()), "minutes"), body)
 
 
 def overfit_table(rows: Iterable[dict[str, Any]]) -> str:
@@ -198,18 +202,22 @@ def time_table(found: dict[str, Any]) -> str:
 def tables(folder: Path) -> dict[str, str]:
     """The tables of the page in a folder, from the files beside it."""
     heads, heaps, overfit, cost = (json.loads((folder / f"{name}.json").read_text()) for name in FILES)
-    few = [row for row in heads if row["images"] == FEW_IMAGES and row["boxes"] == "moved"]
-    more, heaps = ([row for row in each if row["images"] == MORE_IMAGES] for each in (heads, heaps))
+    many, few = ([row for row in heads if (row["trained"] < TRAINED) == less] for less in (False, True))
+    briefly = [row for row in many if row["images"] == FEW_IMAGES and row["boxes"] == "moved"]
+    surely = [row for row in many if row["images"] == MORE_IMAGES]
+    heaps = [row for row in heaps if row["images"] == MORE_IMAGES and row["boxes"] == "proposed"]
     return {
         "overfit": overfit_table(overfit),
         "memory": memory_table(cost["memory"]),
         "time": time_table(cost),
         "shapes": table(read(folder / "table.csv")),
-        "heads": heads_table(row for row in few if row["updates"] <= FEW),
-        "heads_long": heads_table(row for row in few if row["updates"] > FEW),
-        "heads_more": heads_table(row for row in more if row["boxes"] == "moved"),
-        "heads_proposed": heads_table(row for row in more if row["boxes"] == "proposed"),
-        "heads_heaps": heads_table(row for row in heaps if row["boxes"] == "proposed"),
+        "heads": heads_table(row for row in briefly if row["updates"] <= FEW),
+        "heads_long": heads_table(row for row in briefly if row["updates"] > FEW),
+        "heads_more": heads_table(row for row in surely if row["boxes"] == "moved"),
+        "heads_proposed": heads_table(row for row in surely if row["boxes"] == "proposed"),
+        "heads_heaps": heads_table(row for row in heaps if row["trained"] == TRAINED),
+        "heads_few": heads_table(few),
+        "heads_heaps_few": heads_table(row for row in heaps if row["trained"] < TRAINED),
     }
 
 
