@@ -29,7 +29,7 @@ MODEL, CELL = "--model.init_args", "--model.init_args.net.init_args.cell.init_ar
 
 
 def rates(*values: float) -> dict[str, list[str]]:
-    """Sets with another learning rate, of which the configurations have .01."""
+    """Sets with another learning rate, of which the configurations have .01, or .005 with the ConvLSTM."""
     return {f"rate {value:g}": [f"{MODEL}.learning_rate", str(value)] for value in values}
 
 
@@ -43,6 +43,12 @@ def settling(growth: float, beyond: float) -> list[str]:
     return [f"{MODEL}.spectral_weight", str(growth), f"{MODEL}.step_jitter", str(round(6 * beyond))]
 
 
+def spanning(horizon: int) -> dict[str, list[str]]:
+    """The ConvLSTM's first set under C-RBP: the hGRU's rate, and gates that span the run, or half of it."""
+    return {f"rate 0.01, gates of {horizon}": [*gates(horizon)[f"gates of {horizon}"], *HUNDREDTH]}
+
+
+HUNDREDTH = rates(0.01)["rate 0.01"]
 SIX_STEPS = rates(0.005, 0.02) | gates(3, 12)  # for rows whose gates have 6
 FEEDFORWARD = rates(0.0025, 0.005, 0.02, 0.04)
 SETS: dict[str, dict[str, list[str]]] = {
@@ -64,6 +70,13 @@ SETS: dict[str, dict[str, list[str]]] = {
     | {"growth 1": settling(1, 2)[:2]},
     "small9_hgru_rbp": rates(0.0025, 0.005, 0.02) | gates(24),
     "small9_feedforward": FEEDFORWARD,
+    # What the ConvLSTM's configurations were found by; "rate 0.01", with gates that span the run, were the hGRU's.
+    "small9_convlstm_bptt": rates(0.01, 0.02) | {"rate 0.01, gates of 3": [*gates(3)["gates of 3"], *HUNDREDTH]},
+    "small5_convlstm_bptt": rates(0.01),
+    "small14_convlstm_bptt": rates(0.01),
+    "small5_convlstm_crbp": rates(0.01) | spanning(8),
+    "small9_convlstm_crbp": spanning(12),
+    "small14_convlstm_crbp": spanning(12),
 }
 
 
