@@ -241,7 +241,7 @@ def small_rows() -> Iterator[tuple[str, str, dict[str, Any]]]:
                 what = f"48×48 images, {length} dashes, {CELLS[kind]}, {METHODS[method]}, {steps} steps"
                 scale = small(length, steps, growth=SMALL_GROWTH.get(f"small{length}_{kind}_{method}"))
                 if kind == "convlstm":
-                    # Gates that span the run leave C-RBP a memory that adds up and never settles (results/pathfinder).
+                    # With gates that span the run C-RBP learns little here (results/pathfinder).
                     scale = replace(
                         scale,
                         task={**scale.task, "learning_rate": 0.005},
