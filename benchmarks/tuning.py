@@ -43,18 +43,19 @@ def settling(growth: float, beyond: float) -> list[str]:
     return [f"{MODEL}.spectral_weight", str(growth), f"{MODEL}.step_jitter", str(round(6 * beyond))]
 
 
-def spanning(horizon: int) -> dict[str, list[str]]:
-    """The ConvLSTM's first set under C-RBP: the hGRU's rate, and gates that span the run, or half of it."""
-    return {f"rate 0.01, gates of {horizon}": [*gates(horizon)[f"gates of {horizon}"], *HUNDREDTH]}
+def both(rate: float, horizon: int) -> dict[str, list[str]]:
+    """A set with another rate and other gates."""
+    (of_rate,), (of_gates,) = rates(rate).values(), gates(horizon).values()
+    return {f"rate {rate:g}, gates of {horizon}": [*of_rate, *of_gates]}
 
 
-HUNDREDTH = rates(0.01)["rate 0.01"]
 SIX_STEPS = rates(0.005, 0.02) | gates(3, 12)  # for rows whose gates have 6
 FEEDFORWARD = rates(0.0025, 0.005, 0.02, 0.04)
+LOWER = rates(0.000625, 0.00125)  # as its best is at the end of those
 SETS: dict[str, dict[str, list[str]]] = {
-    "small14_hgru_bptt": SIX_STEPS,
+    "small14_hgru_bptt": SIX_STEPS | gates(24) | both(0.02, 12),
     "small14_hgru_bptt_k3": SIX_STEPS,
-    "small14_hgru_truncated": SIX_STEPS,
+    "small14_hgru_truncated": SIX_STEPS | gates(24) | both(0.02, 3),
     "small14_hgru_allsteps": SIX_STEPS,
     "small14_hgru_cbptt": rates(0.005)
     | gates(12)
@@ -63,20 +64,20 @@ SETS: dict[str, dict[str, list[str]]] = {
     | {"growth 1, up to 3N, rate 0.005": [*settling(1, 2), *rates(0.005)["rate 0.005"]]}
     | {"growth 0.05": settling(0.05, 0.5)[:2]},  # as C-RBP's row has
     "small14_hgru_rbp": rates(0.0025, 0.005, 0.02) | gates(24),
-    "small14_feedforward": FEEDFORWARD,
+    "small14_feedforward": FEEDFORWARD | LOWER,
     "small9_hgru_cbptt": rates(0.005)
     | gates(12)
     | {"up to 1.5N": settling(0.2, 0.5)[2:]}
     | {"growth 1": settling(1, 2)[:2]},
     "small9_hgru_rbp": rates(0.0025, 0.005, 0.02) | gates(24),
     "small9_feedforward": FEEDFORWARD,
-    # What the ConvLSTM's configurations were found by; "rate 0.01", with gates that span the run, were the hGRU's.
-    "small9_convlstm_bptt": rates(0.01, 0.02) | {"rate 0.01, gates of 3": [*gates(3)["gates of 3"], *HUNDREDTH]},
+    # The ConvLSTM, whose configurations were found by these: at first rate and gates were the hGRU's, .01 and N or N/2.
     "small5_convlstm_bptt": rates(0.01),
+    "small9_convlstm_bptt": rates(0.01, 0.02) | both(0.01, 3),
     "small14_convlstm_bptt": rates(0.01),
-    "small5_convlstm_crbp": rates(0.01) | spanning(8),
-    "small9_convlstm_crbp": spanning(12),
-    "small14_convlstm_crbp": spanning(12),
+    "small5_convlstm_crbp": rates(0.01) | both(0.01, 8),
+    "small9_convlstm_crbp": both(0.01, 12),
+    "small14_convlstm_crbp": both(0.01, 12),
 }
 
 
