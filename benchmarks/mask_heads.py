@@ -2,6 +2,7 @@
 
     python benchmarks/mask_heads.py --weights runs/start_shapes/version_0/weights/last.safetensors --seeds 0 1
     python benchmarks/mask_heads.py --start start_heaps --weights runs/start_heaps/version_0/weights/last.safetensors
+    python benchmarks/mask_heads.py --weights … --boxes proposed --trained 200 --images 1000
 
 What a trained Panoptic FPN pools from generated shapes is kept, in boxes that are moved a little from the true ones or
 in those that the network proposes, as in its own training, and each head learns the masks from it: every head sees the
@@ -278,10 +279,8 @@ def main() -> None:
     start, out = options.start, options.out or ROOT / "results" / "panoptic" / FILES[options.start]
     torch.set_num_threads(1)
     net: Any = trained_on(start, options.weights).eval()
-    seen, held_out = (
-        crops(net, start, "train", options.trained, kind=options.boxes),
-        crops(net, start, "val", options.images),
-    )
+    seen = crops(net, start, "train", options.trained, kind=options.boxes)
+    held_out = crops(net, start, "val", options.images)
     rows: list[dict[str, Any]] = json.loads(out.read_text()) if out.exists() else []
     for seed in options.seeds:
         for name in options.heads:

@@ -145,19 +145,22 @@ def heads_table(rows: Iterable[dict[str, Any]]) -> str:
     }
     known = {key for seeds in found.values() for row in seeds for key in row}
     columns |= {key: column for key, column in optional.items() if key in known}
-    told = [len({each[place] for each in found}) > 1 for place in (0, 1)]
+    leading = {
+        title: place
+        for place, title in enumerate(("images", "updates"))
+        if len({numbers[place] for numbers in found}) > 1
+    }
     body = [
         [
-            name,
-            *(f"{number:,}" for number, tell in zip(numbers, told, strict=True) if tell),
+            key[-1],
+            *(f"{key[place]:,}" for place in leading.values()),
             f"{seeds[0]['parameters']:,}",
-            *(", ".join(f"{row[key]:{form}}" for row in seeds if key in row) for key, (_, form) in columns.items()),
+            *(", ".join(f"{row[name]:{form}}" for row in seeds if name in row) for name, (_, form) in columns.items()),
             ", ".join(f"{row['seconds'] / 60:.0f}" for row in seeds),
         ]
-        for (*numbers, name), seeds in found.items()
+        for key, seeds in found.items()
     ]
-    numbered = [title for title, tell in zip(("images", "updates"), told, strict=True) if tell]
-    return markdown(("mask head", *numbered, "parameters", *(title for title, _ in columns.values()), "minutes"), body)
+    return markdown(("mask head", *leading, "parameters", *(title for title, _ in columns.values()), "minutes"), body)
 
 
 def overfit_table(rows: Iterable[dict[str, Any]]) -> str:
@@ -199,13 +202,18 @@ def time_table(found: dict[str, Any]) -> str:
     return markdown(("", *NETS, "ratio"), body)
 
 
+def as_in_training(row: dict[str, Any]) -> bool:
+    """Whether a mask head was trained in what the network proposes, and measured on many images."""
+    return bool(row["images"] == MORE_IMAGES and row["boxes"] == "proposed")
+
+
 def tables(folder: Path) -> dict[str, str]:
     """The tables of the page in a folder, from the files beside it."""
     heads, heaps, overfit, cost = (json.loads((folder / f"{name}.json").read_text()) for name in FILES)
-    many, few = ([row for row in heads if (row["trained"] < TRAINED) == less] for less in (False, True))
+    many, few = [row for row in heads if row["trained"] == TRAINED], [row for row in heads if row["trained"] < TRAINED]
     briefly = [row for row in many if row["images"] == FEW_IMAGES and row["boxes"] == "moved"]
     surely = [row for row in many if row["images"] == MORE_IMAGES]
-    heaps = [row for row in heaps if row["images"] == MORE_IMAGES and row["boxes"] == "proposed"]
+    few, heaps = ([row for row in rows if as_in_training(row)] for rows in (few, heaps))
     return {
         "overfit": overfit_table(overfit),
         "memory": memory_table(cost["memory"]),
@@ -214,7 +222,7 @@ def tables(folder: Path) -> dict[str, str]:
         "heads": heads_table(row for row in briefly if row["updates"] <= FEW),
         "heads_long": heads_table(row for row in briefly if row["updates"] > FEW),
         "heads_more": heads_table(row for row in surely if row["boxes"] == "moved"),
-        "heads_proposed": heads_table(row for row in surely if row["boxes"] == "proposed"),
+        "heads_proposed": heads_table(row for row in surely if as_in_training(row)),
         "heads_heaps": heads_table(row for row in heaps if row["trained"] == TRAINED),
         "heads_few": heads_table(few),
         "heads_heaps_few": heads_table(row for row in heaps if row["trained"] < TRAINED),

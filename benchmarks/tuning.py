@@ -1,9 +1,10 @@
-"""Further settings for each method, so that all have as many tries: others than those of the configurations.
+"""Further settings for each method, so that all have several tries: others than those of the configurations.
 
-    python benchmarks/tuning.py small14_hgru_bptt small9_hgru_rbp      # 4 trainings each; resumes what was cut off
+    python benchmarks/tuning.py small14_hgru_bptt small9_hgru_rbp      # 4 to 6 trainings each; resumes what was cut off
 
-C-RBP had seven sets on 14 dashes; with the one of the configuration the others have five each, C-BPTT six and RBP
-four. Writes `results/pathfinder/tuning.csv`, a line for each set; one that the file has is left out.
+C-RBP had seven sets on 14 dashes; with the one of the configuration BPTT, truncated BPTT and the feed-forward net have
+as many there, C-BPTT six, the loss at all steps and 3×3 BPTT five, RBP four. Writes `results/pathfinder/tuning.csv`, a
+line for each set; one that the file has is left out.
 """
 
 from __future__ import annotations
@@ -25,17 +26,18 @@ from crbp.models import PathfinderNet
 from crbp.tasks import load_net
 
 COLUMNS = ("row", "set", "f1_at_n", "f1_at_4n", "f1_best", "f1_best_at", "seed", "seconds", "commit", "processor")
-MODEL, CELL = "--model.init_args", "--model.init_args.net.init_args.cell.init_args"
+MODEL = "--model.init_args"
+RATE, HORIZON = f"{MODEL}.learning_rate", f"{MODEL}.net.init_args.cell.init_args.horizon"
 
 
 def rates(*values: float) -> dict[str, list[str]]:
     """Sets with another learning rate, of which the configurations have .01, or .005 with the ConvLSTM."""
-    return {f"rate {value:g}": [f"{MODEL}.learning_rate", str(value)] for value in values}
+    return {f"rate {value:g}": [RATE, str(value)] for value in values}
 
 
 def gates(*horizons: int) -> dict[str, list[str]]:
     """Sets whose gates start with time constants up to another number of steps."""
-    return {f"gates of {steps}": [f"{CELL}.horizon", str(steps)] for steps in horizons}
+    return {f"gates of {steps}": [HORIZON, str(steps)] for steps in horizons}
 
 
 def settling(growth: float, beyond: float) -> list[str]:
@@ -45,8 +47,7 @@ def settling(growth: float, beyond: float) -> list[str]:
 
 def both(rate: float, horizon: int) -> dict[str, list[str]]:
     """A set with another rate and other gates."""
-    (of_rate,), (of_gates,) = rates(rate).values(), gates(horizon).values()
-    return {f"rate {rate:g}, gates of {horizon}": [*of_rate, *of_gates]}
+    return {f"rate {rate:g}, gates of {horizon}": [RATE, str(rate), HORIZON, str(horizon)]}
 
 
 SIX_STEPS = rates(0.005, 0.02) | gates(3, 12)  # for rows whose gates have 6
@@ -61,7 +62,7 @@ SETS: dict[str, dict[str, list[str]]] = {
     | gates(12)
     # The settings of its configuration until a97a331, and with them the rate.
     | {"growth 1, up to 3N": settling(1, 2)}
-    | {"growth 1, up to 3N, rate 0.005": [*settling(1, 2), *rates(0.005)["rate 0.005"]]}
+    | {"growth 1, up to 3N, rate 0.005": [*settling(1, 2), RATE, "0.005"]}
     | {"growth 0.05": settling(0.05, 0.5)[:2]},  # as C-RBP's row has
     "small14_hgru_rbp": rates(0.0025, 0.005, 0.02) | gates(24),
     "small14_feedforward": FEEDFORWARD | LOWER,

@@ -54,6 +54,8 @@ SMALL_SIZE = {5: 8_000, 9: 12_800, 14: 16_000}  # images seen in training
 SMALL_LONG = 24_000  # images seen where training goes on
 SMALL_SIDES = {5: {3: 20, 5: 12, 9: 8}, 14: {3: 48}}  # steps of C-RBP for each length of contour and kernel size
 SMALL_GROWTH = {"small14_hgru_crbp": 0.05}  # weight of the penalty on growth where it is not that of the others
+# Of the ConvLSTM, which learns less at the hGRU's rate and, by C-RBP, with its gates (results/pathfinder).
+SMALL_LSTM_RATE, SMALL_LSTM_GATES = 0.005, 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,12 +243,8 @@ def small_rows() -> Iterator[tuple[str, str, dict[str, Any]]]:
                 what = f"48×48 images, {length} dashes, {CELLS[kind]}, {METHODS[method]}, {steps} steps"
                 scale = small(length, steps, growth=SMALL_GROWTH.get(f"small{length}_{kind}_{method}"))
                 if kind == "convlstm":
-                    # With gates that span the run C-RBP learns little here (results/pathfinder).
-                    scale = replace(
-                        scale,
-                        task={**scale.task, "learning_rate": 0.005},
-                        horizon=3 if method == "crbp" else scale.horizon,
-                    )
+                    horizon = SMALL_LSTM_GATES if method == "crbp" else scale.horizon
+                    scale = replace(scale, task={**scale.task, "learning_rate": SMALL_LSTM_RATE}, horizon=horizon)
                 run = recurrent(scale, f"small{length}", kind, method, steps, 7)
                 yield f"small{length}_{kind}_{method}", what, run
         what = f"48×48 images, {length} dashes, feed-forward, 6 layers"
