@@ -54,7 +54,7 @@ SMALL_SIZE = {5: 8_000, 9: 12_800, 14: 16_000}  # images seen in training
 SMALL_LONG = 24_000  # images seen where training goes on
 SMALL_SIDES = {5: {3: 20, 5: 12, 9: 8}, 14: {3: 48}}  # steps of C-RBP for each length of contour and kernel size
 SMALL_GROWTH = {"small14_hgru_crbp": 0.05}  # weight of the penalty on growth where it is not that of the others
-# Of the ConvLSTM, which learns less at the hGRU's rate and, by C-RBP, with its gates (results/pathfinder).
+# Of the ConvLSTM, which on 9 and 14 dashes learns less at the hGRU's rate, and by C-RBP with its gates.
 SMALL_LSTM_RATE, SMALL_LSTM_GATES = 0.005, 3
 
 

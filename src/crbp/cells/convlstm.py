@@ -26,7 +26,7 @@ class ConvLSTM(nn.Module):
         channels: C.
         kernel_size: side of the square kernels, odd.
         horizon: longest time constant of the gates in steps, T_max. The number of steps trained for, or less: under
-            `crbp.RBP` 3 learnt more on contours of 5 to 14 dashes (docs/diagnose.md).
+            `crbp.RBP` 3 learnt more on contours of 5 dashes (docs/diagnose.md).
 
     Raises:
         ValueError: for sizes out of range.
