@@ -212,8 +212,8 @@ def tables(folder: Path) -> dict[str, str]:
     heads, heaps, overfit, cost = (json.loads((folder / f"{name}.json").read_text()) for name in FILES)
     many, few = [row for row in heads if row["trained"] == TRAINED], [row for row in heads if row["trained"] < TRAINED]
     briefly = [row for row in many if row["images"] == FEW_IMAGES and row["boxes"] == "moved"]
-    surely = [row for row in many if row["images"] == MORE_IMAGES]
-    few, heaps = ([row for row in rows if as_in_training(row)] for rows in (few, heaps))
+    moved = [row for row in many if row["images"] == MORE_IMAGES and row["boxes"] == "moved"]
+    proposed, few, heaps = ([row for row in rows if as_in_training(row)] for rows in (many, few, heaps))
     return {
         "overfit": overfit_table(overfit),
         "memory": memory_table(cost["memory"]),
@@ -221,8 +221,8 @@ def tables(folder: Path) -> dict[str, str]:
         "shapes": table(read(folder / "table.csv")),
         "heads": heads_table(row for row in briefly if row["updates"] <= FEW),
         "heads_long": heads_table(row for row in briefly if row["updates"] > FEW),
-        "heads_more": heads_table(row for row in surely if row["boxes"] == "moved"),
-        "heads_proposed": heads_table(row for row in surely if as_in_training(row)),
+        "heads_more": heads_table(moved),
+        "heads_proposed": heads_table(proposed),
         "heads_heaps": heads_table(row for row in heaps if row["trained"] == TRAINED),
         "heads_few": heads_table(few),
         "heads_heaps_few": heads_table(row for row in heaps if row["trained"] < TRAINED),
