@@ -55,16 +55,17 @@ FEEDFORWARD = rates(0.0025, 0.005, 0.02, 0.04)
 LOWER = rates(0.000625, 0.00125)  # as its best is at the end of those
 SETS: dict[str, dict[str, list[str]]] = {
     "small14_hgru_bptt": SIX_STEPS | gates(24) | both(0.02, 12),
-    "small14_hgru_bptt_k3": SIX_STEPS,
+    "small14_hgru_bptt_k3": SIX_STEPS | gates(24) | both(0.02, 12),
     "small14_hgru_truncated": SIX_STEPS | gates(24) | both(0.02, 3),
-    "small14_hgru_allsteps": SIX_STEPS,
+    "small14_hgru_allsteps": SIX_STEPS | gates(24) | both(0.02, 3),
     "small14_hgru_cbptt": rates(0.005)
     | gates(12)
     # The settings of its configuration until a97a331, and with them the rate.
     | {"growth 1, up to 3N": settling(1, 2)}
     | {"growth 1, up to 3N, rate 0.005": [*settling(1, 2), RATE, "0.005"]}
-    | {"growth 0.05": settling(0.05, 0.5)[:2]},  # as C-RBP's row has
-    "small14_hgru_rbp": rates(0.0025, 0.005, 0.02) | gates(24),
+    | {"growth 0.05": settling(0.05, 0.5)[:2]}  # as C-RBP's row has
+    | {"growth 0.05, gates of 12": [*settling(0.05, 0.5)[:2], HORIZON, "12"]},
+    "small14_hgru_rbp": rates(0.00125, 0.0025, 0.005, 0.02) | gates(24) | both(0.0025, 24),
     "small14_feedforward": FEEDFORWARD | LOWER,
     "small9_hgru_cbptt": rates(0.005)
     | gates(12)
