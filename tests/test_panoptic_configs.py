@@ -105,14 +105,14 @@ def test_rows_for_detectron2_take_what_it_publishes(name: str) -> None:
 def test_rows_on_shapes_differ_from_what_they_start_from_in_their_masks_alone() -> None:
     start = content("start_shapes")
     masks = ["roi_heads.mask_head.", "roi_heads.mask_predictor."]
-    rows = [path.stem for path in FILES if path.stem.startswith("shapes_")]
-    assert rows
+    rows = [path.stem for path in FILES if path.stem.startswith(("shapes_", "few_"))]
+    assert {name.split("_")[0] for name in rows} == {"shapes", "few"}
     for name in rows:
         row = content(name)
         task, net = row["model"]["init_args"], row["model"]["init_args"]["net"]["init_args"]
         known = start["model"]["init_args"]["net"]["init_args"]
         assert net["boxes"].pop("samples") <= known["boxes"]["samples"]  # of training, in which the boxes have no part
-        assert {key: net[key] for key in net if key not in ("evolve", "penalty")} == {
+        assert {key: net[key] for key in net if key not in ("evolve", "penalty", "norm_scale", "horizon")} == {
             **known,
             "boxes": {key: known["boxes"][key] for key in net["boxes"]},
         }
@@ -120,7 +120,18 @@ def test_rows_on_shapes_differ_from_what_they_start_from_in_their_masks_alone() 
         assert task["without"] == task["trained"] == masks
         images, seen = (each["data"]["init_args"]["source"]["init_args"] for each in (row, start))
         assert images["seed"] != seen.get("seed", 0)
-        assert {**images, "seed": 0, "train": 0} == {**seen, "seed": 0, "train": 0}
+        others = {"seed": 0, "train": 0, "val": 0}
+        assert {**images, **others} == {**seen, **others}
+
+
+def test_rows_of_few_images_see_as_many_as_those_of_many() -> None:
+    seen = {}
+    for path in FILES:
+        if path.stem.startswith(("shapes_", "few_")):
+            row = content(path.stem)
+            seen[path.stem] = row["data"]["init_args"]["source"]["init_args"]["train"] * row["trainer"]["max_epochs"]
+            assert row["trainer"].get("check_val_every_n_epoch", 1) == row["trainer"]["max_epochs"]
+    assert set(seen.values()) == {4_000}
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if path.stem.startswith("mini_")], ids=lambda path: path.stem)
