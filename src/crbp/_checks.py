@@ -24,7 +24,7 @@ def share(name: str, value: float, *, closed: bool = False) -> None:
         raise ValueError(f"{name} must lie in [0, 1{']' if closed else ')'}, not {value!r}")
 
 
-def choice(name: str, value: str, allowed: Iterable[str]) -> None:
+def choice(name: str, value: object, allowed: Iterable[object]) -> None:
     """Raise unless ``value`` is one of ``allowed``."""
     options = list(allowed)
     if value not in options:

@@ -41,6 +41,7 @@ def test_the_machine_is_named(numbers):
 def test_both_codes_take_the_same_step(numbers):
     step = numbers["parts"]["step"]
     assert step["not_fused"]["loss_difference"] == step["loss_difference"]  # at the quick size neither is fused
+    assert step["eager"]["loss_difference"] < 1e-5
     assert step["loss_difference"] < 1e-5
     assert step["gradient_difference"] < 1e-3
     # Float32 against float64 is what both are away from the truth by; crbp is no further than a few times that.
@@ -67,7 +68,7 @@ def test_memory_is_flat_for_c_rbp_and_linear_for_bptt(numbers):
         assert row["crbp_bytes"] > row["bptt_one_step_bytes"] > 0
         assert row["saved_ratio"] == pytest.approx(row["crbp_bytes"] / row["bptt_one_step_bytes"])
         assert row["crbp_peak_bytes"] >= 0
-    assert [row["batch"] for row in paper["rows"]] == [1, 2]
+    assert [(row["fused"], row["batch"]) for row in paper["rows"]] == [(False, 1), ("eager", 2)]
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library keeps what tensors give back")

@@ -120,10 +120,10 @@ def test_loss_and_gradients_are_the_same_without_a_compiler(taken, monkeypatch, 
 @pytest.mark.slow
 @COMPILED
 def test_loss_and_gradients_are_the_same_by_fused_operations(taken, batch):
-    hgru.stages.cache_clear()
+    hgru.compiled_stages.cache_clear()
     assert_one_training_step(*both(4, 5, method="fft", fused=True), *batch, WEIGHT)
     assert taken == {"native fft"}
-    assert all(stage.compile_seconds > 0 for stage in hgru.stages("instance", 4))
+    assert all(stage.compile_seconds > 0 for stage in hgru.compiled_stages("instance", 4))
 
 
 def test_the_series_and_the_penalty_both_have_a_say(nets, batch):

@@ -64,7 +64,7 @@ class Size:
         batch: images.
         steps: N.
         terms: K of the Neumann series.
-        fused: compile the cell's element-wise stages.
+        fused: how the cell's element-wise stages run, as `crbp.cells.HGRU` takes it.
         device: where all of it is.
     """
 
@@ -74,7 +74,7 @@ class Size:
     batch: int = 2
     steps: int = 20
     terms: int = 15
-    fused: bool = True
+    fused: hgru.Fusion = True
     device: str = "cpu"
 
     def net(self, gradient: GradientMethod | None = None) -> PathfinderNet:
@@ -91,14 +91,14 @@ class Size:
         return (noise > 0.9).float(), (noise > 0.95)[:, 0]
 
 
-def make_cell(channels: int, kernel_size: int, *, fused: bool, horizon: int = 20) -> crbp.cells.HGRU:
-    """An hGRU, its element-wise stages compiled where asked for."""
+def make_cell(channels: int, kernel_size: int, *, fused: hgru.Fusion, horizon: int = 20) -> crbp.cells.HGRU:
+    """An hGRU, its element-wise stages fused as asked for."""
     return crbp.cells.HGRU(channels, kernel_size, horizon=horizon, fused=fused)
 
 
 def forget_compiled() -> None:
     """Let the stages of cells compile anew: Inductor's cache on disk remains."""
-    hgru.stages.cache_clear()
+    hgru.compiled_stages.cache_clear()
 
 
 def rbp(terms: int) -> crbp.RBP:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from itertools import product
 
 import torch
 
 import crbp
 from crbp.bench.measure import WEIGHT, Numbers, Size, in_process, rbp
 from crbp.bench.speed import PAPER, TINY
+from crbp.cells.hgru import Fusion
 from crbp.gradients import GradientMethod
 from crbp.losses import focal_loss
 
 GIB = 2**30
 LIMIT = 12 * GIB  # a method's curve ends before it would need more
 DEVICE = 24 * GIB  # of the accelerator whose end is extrapolated to
+NAMES: dict[Fusion, str] = {False: "not fused", "eager": "fused, eager", True: "fused"}  # by how stages run
 METHODS = ("BPTT", "CheckpointedBPTT", "TruncatedBPTT", "RBP", "C-RBP", "OneStep", "Phantom")
 
 
@@ -44,17 +47,16 @@ def memory(*, quick: bool) -> Numbers:
 def _paper(*, quick: bool) -> Numbers:
     """C-RBP beside one step of BPTT at the paper's size, and how many steps of BPTT a device holds.
 
-    Growth is that of a process and only for cells that are not fused, since compiling takes memory as well.
+    Growth is that of a process and only of cells that are not compiled, since compiling takes memory as well.
     """
     paper = TINY if quick else PAPER
     rows = []
-    kinds = ((False, 1), (False, 2), (True, 1), (True, 2), (True, 8))
-    for fused, batch in kinds[:2] if quick else kinds:
+    for fused, batch in ((False, 1), ("eager", 2)) if quick else product(NAMES, (1, 2, 8)):
         size = replace(paper, batch=batch, fused=fused)
         ours, one = (saved(replace(size, steps=steps), method) for steps, method in ((3, "C-RBP"), (1, "BPTT")))
-        row = {"what": f"{'fused' if fused else 'not fused'}, {batch} at a time", "fused": fused, "batch": batch}
+        row: Numbers = {"what": f"{NAMES[fused]}, {batch} at a time", "fused": fused, "batch": batch}
         row |= {"crbp_bytes": ours, "bptt_one_step_bytes": one, "saved_ratio": ours / one}
-        if not fused:
+        if fused is not True:
             grown = [_in_process(replace(size, steps=n), name)["peak_bytes"] for n, name in ((3, "C-RBP"), (1, "BPTT"))]
             row |= {"crbp_peak_bytes": grown[0], "bptt_one_step_peak_bytes": grown[1]}
         rows.append(row)

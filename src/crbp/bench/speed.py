@@ -33,13 +33,14 @@ BYTES = 4  # of a float32
 
 
 def step(*, quick: bool, device: str) -> Numbers:
-    """A training step at the paper's size, penalty on, batch 2, float32; fused, and as cells are by default."""
+    """A training step at the paper's size, penalty on, batch 2, float32; fused, as cells are by default, and eager."""
     size, repeats = replace(TINY if quick else PAPER, device=device), 3 if quick else 5
-    plain = replace(size, fused=False)
+    plain, eager = (replace(size, fused=fused) for fused in (False, "eager"))
     return {
         "size": asdict(size),
         **Pair.of(size).compare(repeats),
         "not_fused": Pair.of(plain).compare(repeats),
+        "eager": Pair.of(eager).compare(repeats),
         "float64": exactness(size),
     }
 

@@ -44,7 +44,11 @@ def step(numbers: Numbers) -> Table:
         f"A training step: {size['channels']} channels, {size['kernel_size']}×{size['kernel_size']} kernels, "
         f"{size['batch']} images of {size['image']}×{size['image']}, N = {size['steps']}, K = {size['terms']}"
     )
-    rows = [["fused" if size["fused"] else "not fused", *_pair(numbers)], ["not fused", *_pair(numbers["not_fused"])]]
+    rows = [
+        ["fused" if size["fused"] else "not fused", *_pair(numbers)],
+        ["not fused", *_pair(numbers["not_fused"])],
+        ["fused, eager", *_pair(numbers["eager"])],
+    ]
     return _table(title, ("", *_PAIR), rows)
 
 

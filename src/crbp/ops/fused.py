@@ -41,15 +41,19 @@ class Fused:
     `SIZES` shapes; others run as they are. Without a working compiler a warning says so, once, and `function` itself
     runs.
 
+    Not ``compiled``, the three run operation by operation. They then keep as little for the backward pass and need no
+    compiler, and are slower than `function` itself, of which some is computed again.
+
     Args:
         function: of tensors alone, built from PyTorch operations; returns one tensor.
+        compiled: False to save memory alone.
 
     Attributes:
         compile_seconds: time spent in first calls so far.
     """
 
-    def __init__(self, function: Function) -> None:
-        self.function = function
+    def __init__(self, function: Function, *, compiled: bool = True) -> None:
+        self.function, self.compiled = function, compiled
         self.compile_seconds = 0.0
         self._compiled: dict[tuple[Any, Signature], Callable[..., Any]] = {}
         self._linear: dict[tuple[Indices, Signature], Linear] = {}
@@ -59,7 +63,7 @@ class Fused:
 
     def __call__(self, *tensors: Tensor) -> Tensor:
         """The function of ``tensors``."""
-        if not _Compiler.works:
+        if self.compiled and not _Compiler.works:
             return self.function(*tensors)
         _calls.count += 1
         # Of a leaf the engine may not tell whether its gradient is needed; of a view it does.
@@ -100,7 +104,7 @@ class Fused:
         return tuple(self._run(("second", (asked, then)), pull, *tensors))
 
     def _run(self, name: Any, function: Callable[..., Any], *tensors: Tensor) -> Any:
-        if not _Compiler.works:
+        if self.compiled and not _Compiler.works:
             return _as_it_is(function, tensors)
         # Without a history all calls look the same to the compiler.
         tensors = tuple(each.detach() for each in tensors)
@@ -117,14 +121,18 @@ class Fused:
         """Whether what is asked for, whatever the sizes, has been compiled for as many as there may be."""
         if self._sizes[what] < SIZES:
             return False
-        if not self._told:
+        if self.compiled and not self._told:
             self._told = True
             _warn(f"a fused function has been compiled for {SIZES} sizes of image and batch; others run as they are")
         return True
 
     def _first_run(self, key: tuple[Any, Signature], function: Callable[..., Any], tensors: tuple[Tensor, ...]) -> Any:
-        start = time.perf_counter()
         self._sizes[key[0][:2]] += 1  # without the sizes
+        if not self.compiled:
+            # Of derivatives only what it takes to compute them is to run.
+            self._compiled[key] = function if function is self.function else _traced(function, tensors)
+            return self._compiled[key](*tensors)
+        start = time.perf_counter()
         try:
             self._compiled[key] = _compiled(_traced(function, tensors), tensors)
             return self._compiled[key](*tensors)
@@ -195,6 +203,8 @@ def _traced(function: Callable[..., Any], tensors: Sequence[Tensor]) -> fx.Graph
     def trace() -> fx.GraphModule:
         with torch.set_grad_enabled(graded):
             graph: fx.GraphModule = make_fx(function, tracing_mode="fake")(*copies)
+        graph.graph.eliminate_dead_code()
+        graph.recompile()
         return graph
 
     # Hooks on saved tensors, as `crbp.activation_memory` and `torch.utils.checkpoint` set them, are of one thread, and
