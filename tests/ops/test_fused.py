@@ -331,9 +331,9 @@ def test_a_fused_cell_trains_like_an_ordinary_one(fused: Any, norm: Any) -> None
     torch.manual_seed(0)
     drive = torch.randn(2, 3, 8, 8, dtype=torch.float64)
     found = []
-    for fused in (fused, False):
+    for kind in (fused, False):
         torch.manual_seed(1)
-        cell = crbp.cells.HGRU(3, 5, norm=norm, norm_scale=0.5, fused=fused).double()
+        cell = crbp.cells.HGRU(3, 5, norm=norm, norm_scale=0.5, fused=kind).double()
         run = crbp.Evolve(steps=5, gradient=crbp.RBP(crbp.Neumann(terms=6)))(
             lambda h, cell=cell: cell(h, drive), torch.zeros_like(drive)
         )
@@ -382,6 +382,17 @@ def test_a_fused_step_of_c_rbp_saves_few_tensors_more_than_one_of_bptt(fused: An
             found.append(memory.bytes)
     per_image = [(many - one) / (2 * 4 * 32 * 32 * 4) for one, many in zip(found[:3], found[3:], strict=True)]
     assert per_image[0] == per_image[1] == pytest.approx(per_image[2] + more, abs=0.05)  # statistics of norms
+
+
+@pytest.mark.parametrize(("fused", "kept"), [(False, 16), ("eager", 9), pytest.param(True, 7, marks=pytest.mark.slow)])
+def test_a_fused_step_saves_half(fused: Any, kept: int) -> None:
+    cell, drive, found = crbp.cells.HGRU(4, 3, fused=fused), torch.randn(2, 4, 32, 32), []
+    for steps in (2, 5):
+        with crbp.activation_memory(exclude=[*cell.parameters(), drive]) as memory:
+            run = crbp.Evolve(steps=steps, gradient=crbp.BPTT())(partial(cell, drive=drive), torch.zeros_like(drive))
+        del run
+        found.append(memory.bytes)
+    assert (found[1] - found[0]) / (3 * 2 * 4 * 32 * 32 * 4) == pytest.approx(kept, abs=0.05)
 
 
 @pytest.mark.slow
