@@ -1,0 +1,156 @@
+"""How soon the masks of a trained R-FPN settle, and what it saves to stop there: steps, quality and time by tolerance.
+
+    python benchmarks/panoptic_settling.py --threads 2     # writes results/panoptic/settling.json
+
+Quality and steps are those of the shipped network on generated shapes. Its time is that of one image after the other,
+beside a Panoptic FPN that has its weights outside the mask head and so finds the same boxes. For ResNet-50, of which
+there is no trained network, it is that of untrained ones that run as many steps as the shipped one takes on average.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from _runs import ROOT
+from panoptic_cost import contracting, inference, recurrent, started
+
+from crbp.bench.measure import environment, in_turns, spread
+from crbp.metrics import PanopticQuality
+from crbp.models import RFPN, PanopticFPN
+from crbp.models.panoptic import BoxSettings, MergeSettings
+from crbp.models.panoptic.results import panoptic_result
+from crbp.tasks import PanopticData, load_trained
+from crbp.tasks.panoptic import segments_info
+from crbp.tasks.weights import build
+
+WEIGHTS = ROOT / "results" / "panoptic" / "weights" / "shapes_rfpn_crbp20.safetensors"
+TOLERANCES = (None, 0.001, 0.003, 0.01, 0.02, 0.05)
+TIMED = 50  # images
+FPN = "Panoptic FPN"
+RECURRENT = ("evolve", "penalty", "tolerance", "norm_scale", "horizon")  # what an R-FPN has beside it
+
+
+@dataclass
+class Found:
+    """What is found with one tolerance."""
+
+    quality: PanopticQuality
+    steps: list[int]
+
+
+@torch.no_grad()
+def by_tolerance(net: RFPN, data: PanopticData) -> list[dict[str, Any]]:
+    """Panoptic quality on the validation split and the mean steps of an instance; the boxes are the same for all."""
+    of, heads = data.categories, net.roi_heads
+    found = {each: Found(PanopticQuality(of.as_json()), []) for each in TOLERANCES}
+    for batch in data.val_dataloader():
+        assert batch.truths is not None
+        images, (target,), (truth,) = net.batch(batch.images), batch.targets, batch.truths
+        features = net.backbone(images.tensors)
+        proposals, _ = net.rpn(images, features)
+        net.mask_head.tolerance = None
+        (seen,) = heads.detect(features, proposals, images.image_sizes, at_least=net.merge.score)
+        (logits,) = net.semantic_head(features)
+        pooled = heads.mask_roi_pool(features, [seen.boxes])
+        for tolerance, each in found.items():
+            net.mask_head.tolerance = tolerance
+            settled = net.mask_head(pooled)
+            each.steps += [net.steps] * len(pooled) if settled.steps is None else settled.steps.tolist()
+            scores = heads.mask_predictor(settled.features)[torch.arange(len(seen.labels)), seen.labels]
+            masks = replace(seen, masks=scores.sigmoid())
+            result = panoptic_result(masks, logits, images.image_sizes[0], target["size"], net.merge)
+            each.quality.update(result.panoptic, segments_info(result, of), *truth)
+    return [
+        {"tolerance": tolerance, "steps": mean(each.steps), "pq": float(each.quality.compute()["pq"])}
+        for tolerance, each in found.items()
+    ]
+
+
+def small(net: RFPN, described: dict[str, Any], data: PanopticData, repeats: int) -> dict[str, Any]:
+    """Seconds an image of the shipped network by tolerance, one image after the other."""
+    settings = {name: value for name, value in described["init_args"].items() if name not in RECURRENT}
+    fpn = build(PanopticFPN, {"class_path": "crbp.models.PanopticFPN", "init_args": settings}, "a Panoptic FPN").eval()
+    fpn.load_state_dict(fpn.state_dict() | {k: v for k, v in net.state_dict().items() if "mask_head" not in k})
+    images = [batch.images for batch in islice(data.val_dataloader(), TIMED)]
+    fpn.merged_only = net.merged_only = True
+
+    def seen(by: PanopticFPN, tolerance: float | None = None) -> None:
+        if isinstance(by, RFPN):
+            by.mask_head.tolerance = tolerance
+        for image in images:
+            by(image)
+
+    jobs = {FPN: partial(seen, fpn)} | {named(each): partial(seen, net, each) for each in TOLERANCES}
+    return compared(jobs, repeats, per=TIMED)
+
+
+def full_size(counts: Iterable[int], instances: int, repeats: int) -> dict[str, Any]:
+    """Seconds of untrained ResNet-50 networks for COCO on one image of 800×1088, by number of steps."""
+    image = torch.randint(256, (3, 800, 1088), generator=torch.Generator().manual_seed(0)).float()
+    settings: dict[str, Any] = {
+        "boxes": BoxSettings(score=0.0, detections=instances),
+        "merge": MergeSettings(score=1.0),
+    }
+    fpn = started(settings)
+    nets = {FPN: fpn} | {f"{count} steps": recurrent(settings, fpn, **contracting(count)) for count in counts}
+    return compared({name: inference(net, [image]) for name, net in nets.items()}, repeats)
+
+
+@torch.no_grad()
+def compared(jobs: dict[str, Callable[[], Any]], repeats: int, *, per: int = 1) -> dict[str, Any]:
+    """Seconds of each job, and its ratio to the first in every turn."""
+    in_turns(jobs, 1)
+    seconds = in_turns(jobs, repeats)
+    first = next(iter(seconds.values()))
+    return {
+        name: {
+            "seconds": spread([each / per for each in values]),
+            "ratio": spread([each / of for each, of in zip(values, first, strict=True)]),
+        }
+        for name, values in seconds.items()
+    }
+
+
+def named(tolerance: float | None) -> str:
+    """What a tolerance is called."""
+    return "all steps" if tolerance is None else f"tolerance {tolerance:g}"
+
+
+def main() -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=1000, help="held-out images for the quality")
+    parser.add_argument("--repeats", type=int, default=5, help="turns of the timings")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "panoptic" / "settling.json")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    net, origin = load_trained(WEIGHTS)
+    assert isinstance(net, RFPN)
+    described = json.loads(json.dumps(origin.run))
+    described["data"]["init_args"]["source"]["init_args"]["val"] = options.images
+    data = build(PanopticData, described["data"], f"the data of {WEIGHTS}")
+    rows = by_tolerance(net, data)
+    counts = sorted({round(row["steps"]) for row in rows})
+    found = {
+        "images": options.images,
+        "rows": rows,
+        "small": small(net, described["model"]["init_args"]["net"], data, options.repeats),
+        "full_size": {f"{many} instances": full_size(counts, many, max(options.repeats // 2, 1)) for many in (10, 100)},
+        "environment": environment(),
+    }
+    options.out.write_text(json.dumps(found, indent=2) + "\n")
+    print(json.dumps(found, indent=2))
+
+
+if __name__ == "__main__":
+    main()
