@@ -45,6 +45,11 @@ def settling(growth: float, beyond: float) -> list[str]:
     return [f"{MODEL}.spectral_weight", str(growth), f"{MODEL}.step_jitter", str(round(6 * beyond))]
 
 
+def drawn(beyond: int) -> dict[str, list[str]]:
+    """A set whose steps are drawn up to so many beyond N, as with the penalties."""
+    return {f"up to {beyond} steps more": [f"{MODEL}.step_jitter", str(beyond)]}
+
+
 def both(rate: float, horizon: int) -> dict[str, list[str]]:
     """A set with another rate and other gates."""
     return {f"rate {rate:g}, gates of {horizon}": [RATE, str(rate), HORIZON, str(horizon)]}
@@ -54,8 +59,7 @@ SIX_STEPS = rates(0.005, 0.02) | gates(3, 12)  # for rows whose gates have 6
 FEEDFORWARD = rates(0.0025, 0.005, 0.02, 0.04)
 LOWER = rates(0.000625, 0.00125)  # as its best is at the end of those
 SETS: dict[str, dict[str, list[str]]] = {
-    "small14_hgru_bptt": SIX_STEPS | gates(24) | both(0.02, 12),
-    "small14_hgru_bptt_k3": SIX_STEPS | gates(24) | both(0.02, 12),
+    "small14_hgru_bptt_k3": SIX_STEPS,
     "small14_hgru_truncated": SIX_STEPS | gates(24) | both(0.02, 3),
     "small14_hgru_allsteps": SIX_STEPS | gates(24) | both(0.02, 3),
     "small14_hgru_cbptt": rates(0.005)
@@ -67,11 +71,14 @@ SETS: dict[str, dict[str, list[str]]] = {
     | {"growth 0.05, gates of 12": [*settling(0.05, 0.5)[:2], HORIZON, "12"]},
     "small14_hgru_rbp": rates(0.00125, 0.0025, 0.005, 0.02) | gates(24) | both(0.0025, 24),
     "small14_feedforward": FEEDFORWARD | LOWER,
+    # What C-BPTT and C-RBP have beside the penalties.
+    "small9_hgru_bptt": drawn(12),
+    "small14_hgru_bptt": SIX_STEPS | gates(24) | both(0.02, 12) | drawn(3),
     "small9_hgru_cbptt": rates(0.005)
     | gates(12)
     | {"up to 1.5N": settling(0.2, 0.5)[2:]}
     | {"growth 1": settling(1, 2)[:2]},
-    "small9_hgru_rbp": rates(0.0025, 0.005, 0.02) | gates(24),
+    "small9_hgru_rbp": rates(0.0025, 0.005, 0.02) | gates(24) | drawn(24),
     "small9_feedforward": FEEDFORWARD,
     # The ConvLSTM, whose configurations were found by these: at first rate and gates were the hGRU's, .01 and N or N/2.
     "small5_convlstm_bptt": rates(0.01),
@@ -98,7 +105,7 @@ def check(made: dict[str, Any], config: Path, settings: list[str]) -> None:
         place = wanted
         for key in path:
             place = place[key]
-        place[last] = type(place[last])(value)
+        place[last] = type(place[last])(value) if last in place else yaml.safe_load(value)
     if found := next(differing(wanted["model"], made["model"], "model"), None):
         raise SystemExit(
             f"a run of {config.stem} has another {found[0]} than is asked for; give another folder of runs"
