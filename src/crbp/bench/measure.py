@@ -131,7 +131,7 @@ class Pair:
     @classmethod
     def of(cls, size: Size) -> Pair:
         """Both codes at one size; what was compiled for another is forgotten, so that compiling counts in full."""
-        if size.fused:
+        if size.fused is True:
             forget_compiled()
         torch.manual_seed(0)
         net, other = size.net(), textbook().TextbookNet(size.channels, size.kernel_size).to(size.device)

@@ -103,10 +103,9 @@ class HGRU(nn.Module):
 
     def _stages(self) -> tuple[tuple[Stage, Stage, Stage], bool]:
         """What lies between the convolutions, and whether it begins with the norms."""
-        norms = self.inhibition_norm, self.excitation_norm
         if self.fused == "eager":
             return EAGER, False
-        if self.fused and all(type(norm) in FUSIBLE for norm in norms):
+        if self.fused and type(self.inhibition_norm) in FUSIBLE and type(self.excitation_norm) in FUSIBLE:
             return compiled_stages(self.norm, self.channels), True
         return (_gate, _inhibit, _excite), False
 
@@ -119,9 +118,9 @@ class HGRU(nn.Module):
 FUSIBLE = (nn.GroupNorm, nn.BatchNorm2d, nn.Identity)
 
 
-def _normed(x: Tensor, norm: nn.Module, later: bool) -> tuple[Tensor, ...]:
+def _normed(x: Tensor, norm: nn.Module, with_norms: bool) -> tuple[Tensor, ...]:
     """The normalised values, or, where what follows begins with the norm, all that it takes to compute them."""
-    return (x, *norm.parameters()) if later else (norm(x),)
+    return (x, *norm.parameters()) if with_norms else (norm(x),)
 
 
 def _gate(gate: Tensor, state: Tensor) -> Tensor:

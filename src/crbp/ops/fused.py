@@ -41,7 +41,8 @@ class Fused:
     `SIZES` shapes; others run as they are. Without a working compiler a warning says so, once, and `function` itself
     runs.
 
-    Not ``compiled``, the three run operation by operation. They then keep as little for the backward pass and need no
+    Not ``compiled``, they run operation by operation, as traced, which takes parts of a second for each of up to as
+    many shapes; for others `torch.func.vjp` is called anew. They keep as little for the backward pass and need no
     compiler, and are slower than `function` itself, of which some is computed again.
 
     Args:
@@ -49,13 +50,13 @@ class Fused:
         compiled: False to save memory alone.
 
     Attributes:
-        compile_seconds: time spent in first calls so far.
+        compile_seconds: time spent in first calls that compile so far.
     """
 
     def __init__(self, function: Function, *, compiled: bool = True) -> None:
         self.function, self.compiled = function, compiled
         self.compile_seconds = 0.0
-        self._compiled: dict[tuple[Any, Signature], Callable[..., Any]] = {}
+        self._ready: dict[tuple[Any, Signature], Callable[..., Any]] = {}
         self._linear: dict[tuple[Indices, Signature], Linear] = {}
         self._impure: set[Indices] = set()  # whose product cannot be split
         self._sizes: Counter[Any] = Counter()
@@ -85,7 +86,9 @@ class Fused:
         key = asked, _signature(tensors)
         arguments = tensors[1:]
         if key not in self._linear and asked not in self._impure and not self._is_full(("residuals", asked)):
-            linear = linearise(_traced(_first(self.function, asked), tensors))
+            traced = _traced(_first(self.function, asked), tensors)
+            # The derivatives of some operations, as of `torch.lerp`, fill a tensor in place.
+            linear = linearise(traced) or linearise(_traced(torch.func.functionalize(traced), tensors))
             if linear is None:
                 self._impure.add(asked)
             else:
@@ -111,8 +114,8 @@ class Fused:
         key = name, _signature(tensors)
         # A stage computes in the dtypes it is given.
         with torch.autocast(tensors[0].device.type, enabled=False):
-            if key in self._compiled:
-                return self._compiled[key](*tensors)
+            if key in self._ready:
+                return self._ready[key](*tensors)
             if self._is_full(name[:2]):
                 return _as_it_is(function, tensors)
             return self._first_run(key, function, tensors)
@@ -130,15 +133,15 @@ class Fused:
         self._sizes[key[0][:2]] += 1  # without the sizes
         if not self.compiled:
             # Of derivatives only what it takes to compute them is to run.
-            self._compiled[key] = function if function is self.function else _traced(function, tensors)
-            return self._compiled[key](*tensors)
+            self._ready[key] = function if function is self.function else _traced(function, tensors)
+            return self._ready[key](*tensors)
         start = time.perf_counter()
         try:
-            self._compiled[key] = _compiled(_traced(function, tensors), tensors)
-            return self._compiled[key](*tensors)
+            self._ready[key] = _compiled(_traced(function, tensors), tensors)
+            return self._ready[key](*tensors)
         except torch._dynamo.exc.TorchDynamoException as error:  # also where a GPU is too old, or Triton missing
             _Compiler.give_up(error)
-            self._compiled[key] = function
+            self._ready[key] = function
             return _as_it_is(function, tensors)
         finally:
             spent = time.perf_counter() - start
