@@ -1,9 +1,10 @@
 """Set the table of the rows on shapes that have been trained, and draw quality against steps.
 
     python benchmarks/panoptic_results.py 'shapes_*' --seeds 0 1 --out results/panoptic
+    python benchmarks/panoptic_results.py 'few_*' --seeds 0 1 --out results/panoptic
 
-Reads the runs of `panoptic.py`, and writes all that was measured of them to `table.csv`, and the weights of one of
-them, in half precision, to `weights`; rows that are not finished are left out.
+Reads the runs of `panoptic.py`, and writes all that was measured of them to `table.csv` or `few.csv`, and the weights
+of one of them, in half precision, to `weights`; rows that are not finished are left out.
 """
 
 from __future__ import annotations
@@ -32,9 +33,10 @@ Line = dict[str, str]  # of the table of all that was measured
 SHOWN = ("pq", "pq_things", "sq_things", "rq_things", "pq_stuff", "true_box_iou")
 COLUMNS = (
     "row", "seed", "trained_steps", "parameters", "images", "steps", *QUALITIES, "true_box_iou", "seconds",
-    "saved_mib", "commit",
+    "saved_mib", "commit", "true_box_pq_things",
 )  # fmt: skip
-FILES = ("mask_heads", "mask_heads_heaps", "overfit", "cost")
+FILES = ("mask_heads", "mask_heads_heaps", "overfit", "cost", "settling")
+TABLES = {"shapes": "table.csv", "few": "few.csv"}  # by what the names of rows begin with
 FEW = 1000  # updates of a mask head trained alone
 FEW_IMAGES, MORE_IMAGES = 200, 1000  # that it is measured on
 TRAINED = 2000  # images that it is trained on, unless these are few
@@ -44,8 +46,8 @@ SPREAD = ("median", "min", "max")
 SHIPPED = "shapes_rfpn_crbp20"  # the row, with seed 0, whose weights are handed on
 METHODS = {
     "fpn": ("Panoptic FPN", "#000000"), "rfpn_bptt1": ("R-FPN, BPTT, 1 step", "#E69F00"),
-    "rfpn_bptt3": ("R-FPN, BPTT, 3 steps", "#D55E00"), "rfpn_crbp10": ("R-FPN, C-RBP, 10 steps", "#56B4E9"),
-    "rfpn_crbp20": ("R-FPN, C-RBP, 20 steps", "#0072B2"),
+    "rfpn_bptt3": ("R-FPN, BPTT, 3 steps", "#D55E00"), "rfpn_crbp5": ("R-FPN, C-RBP, 5 steps", "#009E73"),
+    "rfpn_crbp10": ("R-FPN, C-RBP, 10 steps", "#56B4E9"), "rfpn_crbp20": ("R-FPN, C-RBP, 20 steps", "#0072B2"),
 }  # fmt: skip
 
 
@@ -102,8 +104,8 @@ def figure(lines: Iterable[Line]) -> Figure:
     return drawn
 
 
-def table(lines: Iterable[Line]) -> str:
-    """A row for each method, the values of its seeds side by side."""
+def table(lines: Iterable[Line], *, places: int = 1) -> str:
+    """A row for each method, the values of its seeds side by side with so many digits behind the point."""
     found: dict[str, list[list[Line]]] = {name: [] for name in METHODS}
     for curve in runs(lines):
         found[method(curve[0])].append(curve)
@@ -112,8 +114,8 @@ def table(lines: Iterable[Line]) -> str:
         if not curves:
             continue
         ends = [at_end(curve) for curve in curves]
-        shown = [side_by_side(each[quality] for each in ends) for quality in SHOWN]
-        last = side_by_side(curve[-1]["pq"] for curve in curves) if ends[0]["steps"] else ""
+        shown = [side_by_side((each[quality] for each in ends), places) for quality in SHOWN]
+        last = side_by_side((curve[-1]["pq"] for curve in curves), places) if ends[0]["steps"] else ""
         spent = ", ".join(f"{float(each['seconds']) / 60:.0f}" for each in ends)
         parameters, saved = f"{int(ends[0]['parameters']):,}", f"{float(ends[0]['saved_mib']):.1f}"
         body.append([METHODS[name][0], parameters, saved, spent, *shown, last])
@@ -202,6 +204,18 @@ def time_table(found: dict[str, Any]) -> str:
     return markdown(("", *NETS, "ratio"), body)
 
 
+def settling_table(found: dict[str, Any]) -> str:
+    """Steps, quality and time beside Panoptic FPN, by tolerance; see `panoptic_settling.py`."""
+    body = []
+    for row in found["rows"]:
+        name = "all steps" if row["tolerance"] is None else f"tolerance {row['tolerance']:g}"
+        ratios = [each[name]["ratio"] for each in (found["small"], *found["full_size"].values())]
+        shown = [f"{ratio['median']:.2f}× ({ratio['min']:.2f} to {ratio['max']:.2f})" for ratio in ratios]
+        body.append([name, f"{row['steps']:.1f}", f"{100 * row['pq']:.2f}", *shown])
+    large = [f"ResNet-50, {instances}, so many steps" for instances in found["full_size"]]
+    return markdown(("", "steps", "PQ", "time, this network", *large), body)
+
+
 def as_in_training(row: dict[str, Any]) -> bool:
     """Whether a mask head was trained in what the network proposes, and measured on many images."""
     return bool(row["images"] == MORE_IMAGES and row["boxes"] == "proposed")
@@ -209,7 +223,7 @@ def as_in_training(row: dict[str, Any]) -> bool:
 
 def tables(folder: Path) -> dict[str, str]:
     """The tables of the page in a folder, from the files beside it."""
-    heads, heaps, overfit, cost = (json.loads((folder / f"{name}.json").read_text()) for name in FILES)
+    heads, heaps, overfit, cost, settling = (json.loads((folder / f"{name}.json").read_text()) for name in FILES)
     many, few = [row for row in heads if row["trained"] == TRAINED], [row for row in heads if row["trained"] < TRAINED]
     briefly = [row for row in many if row["images"] == FEW_IMAGES and row["boxes"] == "moved"]
     moved = [row for row in many if row["images"] == MORE_IMAGES and row["boxes"] == "moved"]
@@ -218,7 +232,9 @@ def tables(folder: Path) -> dict[str, str]:
         "overfit": overfit_table(overfit),
         "memory": memory_table(cost["memory"]),
         "time": time_table(cost),
-        "shapes": table(read(folder / "table.csv")),
+        "settling": settling_table(settling),
+        "shapes": table(read(folder / TABLES["shapes"])),
+        "few": table(read(folder / TABLES["few"]), places=2),
         "heads": heads_table(row for row in briefly if row["updates"] <= FEW),
         "heads_long": heads_table(row for row in briefly if row["updates"] > FEW),
         "heads_more": heads_table(moved),
@@ -254,9 +270,9 @@ def _digits(value: float) -> str:
     return f"{value:,.{places}f}".replace(",", " ")
 
 
-def side_by_side(values: Iterable[str]) -> str:
+def side_by_side(values: Iterable[str], places: int) -> str:
     """Percentages of several seeds."""
-    return ", ".join(f"{100 * float(value):.1f}" for value in values)
+    return ", ".join(f"{100 * float(value):.{places}f}" for value in values)
 
 
 def hand_on(run: Path, file: Path) -> None:
@@ -285,17 +301,21 @@ def main() -> None:
     options = parser.parse_args()
     folders = [options.runs.resolve() / label(*row) / "version_0" for row in wanted(CONFIGS, options)]
     lines = [line for run in folders for line in collect(run)]
-    if strange := {line["row"] for line in lines if not line["row"].startswith("shapes_")}:
-        raise SystemExit(f"the table is of the rows shapes_*, not of {', '.join(sorted(strange))}")
     if not lines:
         raise SystemExit("no finished run was found; panoptic.py trains them, --runs says where they are")
+    kinds = {line["row"].split("_")[0] for line in lines}
+    if len(kinds) > 1 or not kinds <= TABLES.keys():
+        known = " or ".join(f"{kind}_*" for kind in TABLES)
+        raise SystemExit(f"a table is of the rows {known}, not of {', '.join(sorted({row['row'] for row in lines}))}")
+    (kind,) = kinds
     options.out.mkdir(parents=True, exist_ok=True)
-    with (options.out / "table.csv").open("w", newline="") as file:
+    with (options.out / TABLES[kind]).open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in line.items()} for line in lines)
-    written, page = read(options.out / "table.csv"), options.out / "README.md"
-    figure(written).savefig(options.out / "steps.png", dpi=140)
+    page = options.out / "README.md"
+    if kind == "shapes":
+        figure(read(options.out / TABLES[kind])).savefig(options.out / "steps.png", dpi=140)
     page.write_text(with_tables(page.read_text(), tables(options.out)))
     for run in folders:
         if run.parent.name == SHIPPED and (run / "made.json").exists():

@@ -158,18 +158,20 @@ def settle_each(
     """
     count("steps", steps)
     non_negative("tolerance", tolerance)
-    state = state.clone()
+    final = state.clone()
     taken = torch.zeros(len(state), dtype=torch.long, device=state.device)
     moving = torch.arange(len(state), device=state.device)
     for _ in range(steps):
-        before = state[moving]
-        after = cell(before, drive[moving]).to(state.dtype)
-        state[moving] = after
+        before, state = state, cell(state, drive).to(final.dtype)
         taken[moving] += 1
-        moving = moving[~(_residuals(before, after) <= tolerance)]
-        if len(moving) == 0:
-            break
-    return state, taken
+        settled = _residuals(before, state) <= tolerance  # which a value that is not finite never does
+        if bool(settled.any()):
+            final[moving[settled]] = state[settled]
+            moving, state, drive = moving[~settled], state[~settled], drive[~settled]
+            if len(moving) == 0:
+                break
+    final[moving] = state
+    return final, taken
 
 
 def _residuals(before: Tensor, after: Tensor) -> Tensor:
