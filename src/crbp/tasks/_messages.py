@@ -17,6 +17,7 @@ _NOISE = (
 _KEY = re.compile(r'^Parser key "([^"]+)":?')
 _CLASS = re.compile(r"^Problem with given class_path '([^']+)':?")
 _UNTRUSTED = re.compile(r"Importing '(\w+)([\w.]*)' is not allowed.*?to allow it\.")
+_UNNAMED = re.compile(r"Importing 'lightning\.(?:\w+\.)*Lightning(?:Data)?Module' is not allowed.*?to allow it\.")
 _CAUGHT = re.compile(r"Caught (\w+) .*\nOriginal Traceback")  # what a process of a loader puts before the message
 _MISSING = re.compile(r"module '([\w.]+)' has no attribute '(\w+)'")
 
@@ -38,6 +39,8 @@ def one_line(error: BaseException) -> str:
             text = text[match.end() :].strip()
         rest.append(text)
     message = " ".join(text for text in rest if text) or " ".join(_told(error).split()) or type(error).__name__
+    # Of an option alone, as `--data.predict`, the parser takes the class to be that which all others derive from.
+    message = _UNNAMED.sub("no class is given; give --config FILE, such as the config.yaml of a run", message)
     message = _UNTRUSTED.sub(r"\1\2 is of no trusted package; add --trust \1 if you trust it", message)
     parts = [".".join(keys), where, message]
     return ": ".join(part for part in parts if part) + _known_names(message)
