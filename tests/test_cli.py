@@ -106,7 +106,7 @@ MISTAKES = [
     (["test", *TINY, "--ckpt_path", "last.safetensors"], "the checkpoint last.safetensors does not exist"),
     (["validate", *TINY], "crbp validate is for a trained network, and this one has no weights; give --ckpt_path"),
     (["test", *TINY], "crbp test is for a trained network"),
-    (["predict", "--data.predict", "pictures"], "data: lightning.LightningDataModule: no class is given; give --config"),
+    (["predict", "--data.predict", "pictures"], "no class is given; give --config FILE"),
     (["predict", *TINY], "crbp predict is for a trained network"),
     (["test", *TINY, "--ckpt_path", "last"], "crbp test is for a trained network"),
     (["test", *TINY_PANOPTIC, "--model.weights", "imagenet"], "crbp test is for a trained network"),

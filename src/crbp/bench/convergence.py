@@ -16,6 +16,7 @@ from crbp.bench.measure import (
     CHECKOUT,
     Gradients,
     Numbers,
+    Size,
     forget_compiled,
     make_cell,
     relative,
@@ -23,6 +24,7 @@ from crbp.bench.measure import (
     timed,
     training_step,
 )
+from crbp.bench.speed import measured
 from crbp.errors import CrbpError
 from crbp.losses import focal_loss
 from crbp.models import PathfinderNet
@@ -90,21 +92,24 @@ def time_to_f1(*, quick: bool) -> Numbers:
 
     All codes start from the same weights and see the same batches, one after the other, at the same rates, numbers of
     steps and weights of the penalty; crbp once as it is by default and once fused. Making images and validating is not
-    counted; compiling is, in the first batch, which ``seconds_per_image`` leaves out.
+    counted; compiling is, in the first batch, which ``seconds_per_image`` leaves out. ``measured_seconds`` are those of
+    one convolution, step and product of ours at this size, by name of the code.
     """
     from crbp.demo.recipe import FULL
     from crbp.demo.training import validation
 
     recipe = replace(FULL, images=160 if quick else 6_000, validation=32 if quick else 128)
+    kinds = (False,) if quick else (False, True)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         seen = validation(recipe, seed=0)
-        runners = _runners(recipe, fused=(False,) if quick else (False, True))
+        runners = _runners(recipe, fused=kinds)
         _race(recipe, runners, seen, every=80 if quick else EVERY)
+        parts = {_named(fused): measured(_size(recipe, fused)) for fused in kinds}
     finally:
         torch.set_num_threads(threads)
-    numbers: Numbers = {"target": TARGET, "seed": 0, "cap": recipe.images, "threads": 1}
+    numbers: Numbers = {"target": TARGET, "seed": 0, "cap": recipe.images, "threads": 1, "measured_seconds": parts}
     codes = {name: runner.numbers() for name, runner in runners.items()}
     theirs = codes["textbook"]
     for found in codes.values():
@@ -138,9 +143,25 @@ def _runners(recipe: Recipe, *, fused: Sequence[bool]) -> dict[str, _Runner]:
         return torch.optim.Adam(module.parameters(), lr=recipe.learning_rate, betas=(0.9, recipe.beta2))
 
     return {
-        **{"crbp, fused" if each else "crbp": ours(_net(recipe, start, fused=each)) for each in fused},
+        **{_named(each): ours(_net(recipe, start, fused=each)) for each in fused},
         "textbook": _Runner(other, theirs, lambda image: other(image, recipe.steps), adam(other)),
     }
+
+
+def _named(fused: bool) -> str:
+    return "crbp, fused" if fused else "crbp"
+
+
+def _size(recipe: Recipe, fused: bool) -> Size:
+    return Size(
+        channels=recipe.channels,
+        kernel_size=recipe.kernel_size,
+        image=recipe.config.image_size,
+        batch=recipe.batch_size,
+        steps=recipe.steps,
+        terms=recipe.terms,
+        fused=fused,
+    )
 
 
 def _net(recipe: Recipe, start: PathfinderNet, *, fused: bool) -> PathfinderNet:

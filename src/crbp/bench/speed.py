@@ -198,7 +198,7 @@ def roofline(*, quick: bool) -> Numbers:
             "fft": max(fourier / peak["best"], spectra / bandwidth["triad"]),
             "elementwise": elementwise / bandwidth["triad"],
         },
-        "measured_seconds": _measured(size),
+        "measured_seconds": measured(size),
         "note": "no cache is counted on: a tensor that stays in one moves faster than the bandwidth of memory",
     }
 
@@ -247,7 +247,7 @@ def _fourier(size: Size) -> tuple[float, float]:
     return flops, float(convolution_count(size) * moved)
 
 
-def _measured(size: Size) -> Numbers:
+def measured(size: Size) -> Numbers:
     """Of one convolution, one step of the cell without a graph and one vector-Jacobian product of it, the least."""
     torch.manual_seed(0)
     cell = make_cell(size.channels, size.kernel_size, fused=size.fused)
