@@ -1,7 +1,7 @@
 """Set the table of the rows on shapes that have been trained, and draw quality against steps.
 
     python benchmarks/panoptic_results.py 'shapes_*' --seeds 0 1 --out results/panoptic
-    python benchmarks/panoptic_results.py 'few_*' --seeds 0 1 --out results/panoptic
+    python benchmarks/panoptic_results.py 'few*' --seeds 0 1 --out results/panoptic
 
 Reads the runs of `panoptic.py`, and writes all that was measured of them to `table.csv` or `few.csv`, and the weights
 of one of them, in half precision, to `weights`; rows that are not finished are left out.
@@ -36,7 +36,7 @@ COLUMNS = (
     "saved_mib", "commit", "true_box_pq_things",
 )  # fmt: skip
 FILES = ("mask_heads", "mask_heads_heaps", "overfit", "cost", "settling")
-TABLES = {"shapes": "table.csv", "few": "few.csv"}  # by what the names of rows begin with
+TABLES = {"shapes": "table.csv", "few100": "few.csv", "few25": "few.csv"}  # by what the names of rows begin with
 FEW = 1000  # updates of a mask head trained alone
 FEW_IMAGES, MORE_IMAGES = 200, 1000  # that it is measured on
 TRAINED = 2000  # images that it is trained on, unless these are few
@@ -234,7 +234,7 @@ def tables(folder: Path) -> dict[str, str]:
         "time": time_table(cost),
         "settling": settling_table(settling),
         "shapes": table(read(folder / TABLES["shapes"])),
-        "few": table(read(folder / TABLES["few"]), places=2),
+        **{kind: table(of_kind(kind, read(folder / TABLES[kind])), places=2) for kind in ("few100", "few25")},
         "heads": heads_table(row for row in briefly if row["updates"] <= FEW),
         "heads_long": heads_table(row for row in briefly if row["updates"] > FEW),
         "heads_more": heads_table(moved),
@@ -251,6 +251,11 @@ def runs(lines: Iterable[Line]) -> list[list[Line]]:
     for line in lines:
         found.setdefault((line["row"], line["seed"]), []).append(line)
     return [sorted(curve, key=lambda line: int(line["steps"] or 0)) for curve in found.values()]
+
+
+def of_kind(kind: str, lines: Iterable[Line]) -> list[Line]:
+    """Those whose row's name begins so."""
+    return [line for line in lines if line["row"].startswith(f"{kind}_")]
 
 
 def method(line: Line) -> str:
@@ -303,19 +308,18 @@ def main() -> None:
     lines = [line for run in folders for line in collect(run)]
     if not lines:
         raise SystemExit("no finished run was found; panoptic.py trains them, --runs says where they are")
-    kinds = {line["row"].split("_")[0] for line in lines}
-    if len(kinds) > 1 or not kinds <= TABLES.keys():
-        known = " or ".join(f"{kind}_*" for kind in TABLES)
-        raise SystemExit(f"a table is of the rows {known}, not of {', '.join(sorted({row['row'] for row in lines}))}")
-    (kind,) = kinds
+    files = {TABLES.get(line["row"].split("_")[0]) for line in lines}
+    if len(files) > 1 or None in files:
+        raise SystemExit(f"a table is of the rows shapes_* or few*, not of {', '.join({row['row'] for row in lines})}")
+    (name,) = files
     options.out.mkdir(parents=True, exist_ok=True)
-    with (options.out / TABLES[kind]).open("w", newline="") as file:
+    with (options.out / name).open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in line.items()} for line in lines)
     page = options.out / "README.md"
-    if kind == "shapes":
-        figure(read(options.out / TABLES[kind])).savefig(options.out / "steps.png", dpi=140)
+    if name == TABLES["shapes"]:
+        figure(read(options.out / name)).savefig(options.out / "steps.png", dpi=140)
     page.write_text(with_tables(page.read_text(), tables(options.out)))
     for run in folders:
         if run.parent.name == SHIPPED and (run / "made.json").exists():

@@ -29,12 +29,11 @@ LATER = [7 / 9, 25 / 27]  # when the rate falls in detectron2's 3× schedule: st
 SMALL_BOXES = {"channels": 256, "samples": 64, "detections": 50}
 NARROW_BOXES = {"channels": 64, "size": 6, "samples": 32, "positive_share": 0.5, "detections": 50}
 COMPARED = ("fpn", "bptt1", "bptt3", "crbp10", "crbp20")  # on generated shapes
-FROM_FEW = ("fpn", "bptt3", "crbp5")  # the same, from few images
+FROM_FEW = {100: ("fpn", "bptt3", "crbp5"), 25: ("fpn", "crbp5")}  # the same, from so few images
 MASKS = ["roi_heads.mask_head.", "roi_heads.mask_predictor."]
 START = "start_shapes"  # the row whose weights those on shapes start from
 START_HEAPS = "start_heaps"  # the same, of shapes that lie in heaps of one look
 START_STEPS, ROW_STEPS, MINI_STEPS = 3_000, 1_000, 500  # of four images
-FEW = 100  # images, each of which is seen as often as those steps allow
 STOP = 0.01  # relative size of a term at which the series of these rows ends
 
 
@@ -148,13 +147,13 @@ def started(method: str) -> dict[str, Any]:
     return made
 
 
-def from_few(method: str) -> dict[str, Any]:
-    """The same from few images, with the settings that `benchmarks/mask_heads.py` found for mask heads."""
+def from_few(method: str, images: int) -> dict[str, Any]:
+    """The same from few images, each seen as often as the steps allow, with settings of `benchmarks/mask_heads.py`."""
     made = started(method)
-    epochs = 4 * ROW_STEPS // FEW
+    epochs = 4 * ROW_STEPS // images
     made["trainer"] |= {"max_epochs": epochs, "check_val_every_n_epoch": epochs}
     made["model"]["init_args"]["beta2"] = 0.99
-    made["data"]["init_args"]["source"]["init_args"] |= {"train": FEW, "val": 1_000}
+    made["data"]["init_args"]["source"]["init_args"] |= {"train": images, "val": 1_000}
     net = made["model"]["init_args"]["net"]["init_args"]
     if method != "fpn":
         net["norm_scale"] = 1.0
@@ -194,9 +193,10 @@ def rows() -> Iterator[tuple[str, str, dict[str, Any]]]:
         what = f"Coloured shapes of 192 pixels, ResNet-18, {named(method)}; on two CPU cores"
         yield f"mini_{name}", what, small(method, 192, MINI_STEPS)
         yield f"shapes_{name}", f"{shapes}, {named(method)}", started(method)
-    for method in FROM_FEW:
-        name = "fpn" if method == "fpn" else f"rfpn_{method}"
-        yield f"few_{name}", f"{shapes}, {named(method)}, of {FEW} images", from_few(method)
+    for images, methods in FROM_FEW.items():
+        for method in methods:
+            name = "fpn" if method == "fpn" else f"rfpn_{method}"
+            yield f"few{images}_{name}", f"{shapes}, {named(method)}, of {images} images", from_few(method, images)
 
 
 def comments(name: str, title: str) -> Iterator[str]:
@@ -204,9 +204,9 @@ def comments(name: str, title: str) -> Iterator[str]:
     yield f"{title}."
     if name in PUBLISHED:
         yield f"Published PQ (Linsley et al., NeurIPS 2020; not at equal images): {PUBLISHED[name]}."
-    if name.startswith(("shapes_", "few_")):
+    if name.startswith(("shapes_", "few")):
         yield f"It starts from the weights of {START}.yaml, which is to be run before it."
-    root = "" if name.startswith(("mini_", "shapes_", "few_", "start_")) else " --data.source.root FOLDER_OF_COCO"
+    root = "" if name.startswith(("mini_", "shapes_", "few", "start_")) else " --data.source.root FOLDER_OF_COCO"
     if name.endswith("_detectron2"):
         yield f"Measure a checkpoint of {'the released R-FPN' if name.startswith('rfpn') else 'detectron2'} with it:"
         yield f"crbp test --config configs/panoptic/{name}.yaml --model.weights FILE{root}"

@@ -105,8 +105,8 @@ def test_rows_for_detectron2_take_what_it_publishes(name: str) -> None:
 def test_rows_on_shapes_differ_from_what_they_start_from_in_their_masks_alone() -> None:
     start = content("start_shapes")
     masks = ["roi_heads.mask_head.", "roi_heads.mask_predictor."]
-    rows = [path.stem for path in FILES if path.stem.startswith(("shapes_", "few_"))]
-    assert {name.split("_")[0] for name in rows} == {"shapes", "few"}
+    rows = [path.stem for path in FILES if path.stem.startswith(("shapes_", "few"))]
+    assert {name.split("_")[0] for name in rows} == {"shapes", "few100", "few25"}
     for name in rows:
         row = content(name)
         task, net = row["model"]["init_args"], row["model"]["init_args"]["net"]["init_args"]
@@ -127,7 +127,7 @@ def test_rows_on_shapes_differ_from_what_they_start_from_in_their_masks_alone() 
 def test_rows_of_few_images_see_as_many_as_those_of_many() -> None:
     seen = {}
     for path in FILES:
-        if path.stem.startswith(("shapes_", "few_")):
+        if path.stem.startswith(("shapes_", "few")):
             row = content(path.stem)
             seen[path.stem] = row["data"]["init_args"]["source"]["init_args"]["train"] * row["trainer"]["max_epochs"]
             assert row["trainer"].get("check_val_every_n_epoch", 1) == row["trainer"]["max_epochs"]
