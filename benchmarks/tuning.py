@@ -1,9 +1,9 @@
 """Further settings for each method, so that all have several tries: others than those of the configurations.
 
-    python benchmarks/tuning.py small14_hgru_bptt small9_hgru_rbp      # 4 to 6 trainings each; resumes what was cut off
+    python benchmarks/tuning.py small14_hgru_bptt small9_hgru_rbp      # 4 to 7 trainings each; resumes what was cut off
 
-C-RBP had seven sets on 14 dashes; with the one of the configuration BPTT, truncated BPTT and the feed-forward net have
-as many there, C-BPTT six, the loss at all steps and 3×3 BPTT five, RBP four. Writes `results/pathfinder/tuning.csv`, a
+C-RBP had seven sets on 14 dashes; with the one of the configuration all other methods of the hGRU and the
+feed-forward net have as many there, BPTT with 3×3 kernels five. Writes `results/pathfinder/tuning.csv`, a
 line for each set; one that the file has is left out.
 """
 
