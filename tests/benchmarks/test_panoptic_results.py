@@ -70,6 +70,23 @@ def test_seeds_stand_side_by_side_at_the_steps_trained_for_and_at_the_last(scrip
     ]  # fmt: skip
 
 
+def test_a_table_of_few_images_tells_two_digits_of_its_rows_alone(script: Any) -> None:
+    lines = [_line("few100_fpn", 0, "", "", 0.26504), _line("few25_fpn", 0, "", "", 0.22), *LINES]
+    (row,) = _cells(script.table(script.of_kind("few100", lines), places=2))
+    assert (row[0], row[4]) == ("Panoptic FPN", "26.50")
+
+
+def test_steps_and_times_stand_by_tolerance(script: Any) -> None:
+    ratio = {"ratio": {"median": 1.25, "min": 1.0, "max": 1.5}}
+    rows = [{"tolerance": None, "steps": 20, "pq": 0.26}, {"tolerance": 0.01, "steps": 10.66, "pq": 0.2616}]
+    times = {"all steps": ratio, "tolerance 0.01": {"ratio": {"median": 1.1, "min": 1.0, "max": 1.2}}}
+    found = {"rows": rows, "small": times, "full_size": {"10 instances": times}}
+    assert _cells(script.settling_table(found)) == [
+        ["all steps", "20.0", "26.00", "1.25× (1.00 to 1.50)", "1.25× (1.00 to 1.50)"],
+        ["tolerance 0.01", "10.7", "26.16", "1.10× (1.00 to 1.20)", "1.10× (1.00 to 1.20)"],
+    ]
+
+
 def test_the_figure_has_a_curve_for_each_run_and_each_method_once_in_its_legend(script: Any) -> None:
     (axes,) = script.figure(LINES).axes
     curves = [list(map(float, line.get_ydata())) for line in axes.lines if line.get_marker() == "None"]
@@ -116,6 +133,23 @@ def test_what_is_measured_is_what_validation_measures(
         assert all(found[k][name.removeprefix("val/")] == pytest.approx(value) for name, value in values.items())
     if kind == "rfpn":
         assert any(not torch.equal(one, other) for one, other in zip(maps[::4], maps[1::4], strict=True))
+
+
+def test_instances_that_stop_are_counted_as_the_network_runs_them(load_script: Callable[[str], ModuleType]) -> None:
+    script = load_script("benchmarks/panoptic_settling.py")
+    net = _guessing_net("rfpn").eval()
+    data = PanopticData(GeneratedShapes(size=128, train=4, val=2), shortest=(128,), shortest_test=128, workers=0)
+    found = script.by_tolerance(net, data)
+    assert [row["tolerance"] for row in found] == list(script.TOLERANCES)
+    assert found[0]["steps"] == net.steps
+    assert all(1 <= row["steps"] <= net.steps for row in found)
+    for row in (found[0], found[-1]):
+        quality = PanopticQuality(data.categories.as_json())
+        net.mask_head.tolerance = row["tolerance"]
+        for batch in data.val_dataloader():
+            (seen,), (truth,) = net(batch.images, sizes=[batch.targets[0]["size"]]), batch.truths
+            quality.update(seen.panoptic, script.segments_info(seen, data.categories), *truth)
+        assert row["pq"] == pytest.approx(float(quality.compute()["pq"]))
 
 
 def test_masks_are_measured_in_the_true_boxes(

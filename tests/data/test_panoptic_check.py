@@ -139,6 +139,22 @@ def test_each_fault_is_found(tmp_path, name):
         report.require()
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"annotations": [{"image_id": 11}, {"image_id": 13, "iscrowd": 1}]}, None),
+        ({"annotations": [{"image_id": 13}]}, "instances.json: image 13: has an annotation but is not in the panoptic"),
+        ({"annotations": [{"id": 1}]}, "instances.json: an annotation has no usable 'image_id'"),
+        (None, "instances.json: has no list 'images'"),
+    ],
+)
+def test_a_file_of_instances_is_looked_at_too(tmp_path, content, words):
+    save(tmp_path, write(tmp_path))
+    (tmp_path / "instances.json").write_text(json.dumps(content and {"images": [], **content}))
+    report = run(tmp_path, instances=tmp_path / "instances.json")
+    assert [words in str(each) for each in report.findings] == ([] if words is None else [True])
+
+
 def test_a_sound_set_has_its_statistics(tmp_path):
     content = write(tmp_path)
     content["images"].append({"id": 13, "file_name": "c.png", "height": 2, "width": 2})

@@ -18,7 +18,17 @@ from crbp.data.panoptic.categories import Categories
 from crbp.data.panoptic.dataset import measure
 from crbp.data.panoptic.formats import check_depth, read_ids
 from crbp.data.panoptic.reader import labels_folder, locate
-from crbp.data.panoptic.records import Finding, Record, Records, find_categories, load, missing, problems, sound
+from crbp.data.panoptic.records import (
+    Finding,
+    Record,
+    Records,
+    find_categories,
+    instance_image_ids,
+    load,
+    missing,
+    problems,
+    sound,
+)
 
 _CHUNK = 64  # images a task of a worker process
 _ORIENTATION = 0x0112  # of EXIF
@@ -86,6 +96,7 @@ def check(
     *,
     labels: str | Path | None = None,
     categories: Categories | str | Path | None = None,
+    instances: str | Path | None = None,
     quick: bool = False,
     allow_empty: bool = False,
     limit: int = 100,
@@ -104,6 +115,8 @@ def check(
         panoptic: the panoptic JSON.
         labels: folder of its PNGs; beside the JSON, of the same name without ``.json``, by default.
         categories: a `Categories`, or a JSON of them; those of the panoptic JSON by default.
+        instances: COCO's `instances_*.json`, where training is to be given one; it must be readable and know the images
+            alone that the panoptic JSON lists.
         quick: only the JSON and whether the files are there.
         allow_empty: an image without a segment is no finding.
         limit: number of findings to keep; all are counted.
@@ -125,6 +138,8 @@ def check(
     listed = len(content["images"])
     content = sound(content)
     collected.add(_shared_files(panoptic, content["images"]))
+    if instances is not None:
+        collected.add(_strange_images(instances, content["images"]))
     records = Records(content)
     del content
     if not allow_empty:
@@ -256,6 +271,16 @@ def _shared_files(panoptic: str | Path, images: list[dict[str, Any]]) -> Iterato
         number, file = image["id"], image["file_name"]
         if first.setdefault(file, number) != number:
             yield Finding(str(panoptic), f"image {number} ({file})", f"has the same file as image {first[file]}")
+
+
+def _strange_images(instances: str | Path, images: list[dict[str, Any]]) -> Iterator[Finding]:
+    try:
+        known = instance_image_ids(instances)
+    except DataError as error:
+        yield Finding(str(error.where), "", error.what)
+        return
+    for number in np.setdiff1d(known, [image["id"] for image in images]):
+        yield Finding(str(instances), f"image {number}", "has an annotation but is not in the panoptic JSON")
 
 
 def _empty(panoptic: str | Path, records: Records) -> Iterator[Finding]:

@@ -109,6 +109,7 @@ def data_parser() -> Parser:
     parser.add_argument(
         "--categories", metavar="FILE", help="a JSON of categories (default: those of the panoptic JSON)"
     )
+    parser.add_argument("--instances", metavar="FILE", help="COCO's instances JSON, if training is given one")
     parser.add_argument("--quick", action="store_true", help="only the JSON and whether the files are there")
     parser.add_argument("--allow-empty", action="store_true", help="an image without a segment is no finding")
     parser.add_argument("--limit", type=int, default=100, help="findings to list; all are counted (default: 100)")
