@@ -208,10 +208,9 @@ def settling_table(found: dict[str, Any]) -> str:
     """Steps, quality and time beside Panoptic FPN, by tolerance; see `panoptic_settling.py`."""
     body = []
     for row in found["rows"]:
-        name = "all steps" if row["tolerance"] is None else f"tolerance {row['tolerance']:g}"
-        ratios = [each[name]["ratio"] for each in (found["small"], *found["full_size"].values())]
+        ratios = [each[row["name"]]["ratio"] for each in (found["small"], *found["full_size"].values())]
         shown = [f"{ratio['median']:.2f}× ({ratio['min']:.2f} to {ratio['max']:.2f})" for ratio in ratios]
-        body.append([name, f"{row['steps']:.1f}", f"{100 * row['pq']:.2f}", *shown])
+        body.append([row["name"], f"{row['steps']:.1f}", f"{100 * row['pq']:.2f}", *shown])
     large = [f"ResNet-50, {instances}, so many steps" for instances in found["full_size"]]
     return markdown(("", "steps", "PQ", "time, this network", *large), body)
 
@@ -310,7 +309,9 @@ def main() -> None:
         raise SystemExit("no finished run was found; panoptic.py trains them, --runs says where they are")
     files = {TABLES.get(line["row"].split("_")[0]) for line in lines}
     if len(files) > 1 or None in files:
-        raise SystemExit(f"a table is of the rows shapes_* or few*, not of {', '.join({row['row'] for row in lines})}")
+        raise SystemExit(
+            f"a table is of the rows shapes_* or few*, not of {', '.join(sorted({row['row'] for row in lines}))}"
+        )
     (name,) = files
     options.out.mkdir(parents=True, exist_ok=True)
     with (options.out / name).open("w", newline="") as file:

@@ -59,7 +59,12 @@ def by_tolerance(net: RFPN, data: PanopticData) -> Rows:
             result = panoptic_result(seen, logits, images.image_sizes[0], target["size"], net.merge)
             quality.update(result.panoptic, segments_info(result, data.categories), *truth)
     return [
-        {"tolerance": tolerance, "steps": mean(steps[tolerance]), "pq": float(quality.compute()["pq"])}
+        {
+            "name": named(tolerance),
+            "tolerance": tolerance,
+            "steps": mean(steps[tolerance]),
+            "pq": float(quality.compute()["pq"]),
+        }
         for tolerance, quality in qualities.items()
     ]
 
@@ -95,9 +100,7 @@ def full_size(rows: Rows, instances: int, repeats: int) -> dict[str, Any]:
     nets = {FPN: fpn}
     for row in rows:
         tolerance = None if row["tolerance"] is None else 0.0  # tested, and never met
-        nets[named(row["tolerance"])] = recurrent(
-            settings, fpn, tolerance=tolerance, **contracting(max(round(row["steps"]), 1))
-        )
+        nets[row["name"]] = recurrent(settings, fpn, tolerance=tolerance, **contracting(max(round(row["steps"]), 1)))
     return compared({name: inference(net, [image]) for name, net in nets.items()}, repeats)
 
 
@@ -125,7 +128,7 @@ def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=1000, help="held-out images for the quality")
-    parser.add_argument("--repeats", type=int, default=5, help="turns of the timings")
+    parser.add_argument("--repeats", type=int, default=3, help="turns of the timings")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "panoptic" / "settling.json")
     options = parser.parse_args()
@@ -136,12 +139,11 @@ def main() -> None:
     described["data"]["init_args"]["source"]["init_args"]["val"] = options.images
     data = build(PanopticData, described["data"], f"the data of {WEIGHTS}")
     rows = by_tolerance(net, data)
-    turns = max(options.repeats // 2, 1)
     found = {
         "images": options.images,
         "rows": rows,
         "small": small(net, described["model"]["init_args"]["net"], data, options.repeats),
-        "full_size": {f"{many} instances": full_size(rows, many, turns) for many in (10, 100)},
+        "full_size": {f"{many} instances": full_size(rows, many, options.repeats) for many in (10, 100)},
         "environment": environment(),
     }
     options.out.write_text(json.dumps(found, indent=2) + "\n")

@@ -1,6 +1,6 @@
 """Further settings for each method, so that all have several tries: others than those of the configurations.
 
-    python benchmarks/tuning.py small14_hgru_bptt small9_hgru_rbp      # 4 to 7 trainings each; resumes what was cut off
+    python benchmarks/tuning.py small14_hgru_bptt small9_hgru_rbp      # a training for each; resumes what was cut off
 
 C-RBP had seven sets on 14 dashes; with the one of the configuration all other methods of the hGRU and the
 feed-forward net have as many there, BPTT with 3×3 kernels five. Writes `results/pathfinder/tuning.csv`, a
@@ -71,14 +71,14 @@ SETS: dict[str, dict[str, list[str]]] = {
     | {"growth 0.05, gates of 12": [*settling(0.05, 0.5)[:2], HORIZON, "12"]},
     "small14_hgru_rbp": rates(0.00125, 0.0025, 0.005, 0.02) | gates(24) | both(0.0025, 24),
     "small14_feedforward": FEEDFORWARD | LOWER,
-    # What C-BPTT and C-RBP have beside the penalties.
+    # With drawn steps, which C-BPTT and C-RBP have beside the penalties.
     "small9_hgru_bptt": drawn(12),
     "small14_hgru_bptt": SIX_STEPS | gates(24) | both(0.02, 12) | drawn(3),
     "small9_hgru_cbptt": rates(0.005)
     | gates(12)
     | {"up to 1.5N": settling(0.2, 0.5)[2:]}
     | {"growth 1": settling(1, 2)[:2]},
-    "small9_hgru_rbp": rates(0.0025, 0.005, 0.02) | gates(24) | drawn(24),
+    "small9_hgru_rbp": rates(0.0025, 0.005, 0.02) | gates(24),
     "small9_feedforward": FEEDFORWARD,
     # The ConvLSTM, whose configurations were found by these: at first rate and gates were the hGRU's, .01 and N or N/2.
     "small5_convlstm_bptt": rates(0.01),

@@ -104,7 +104,7 @@ class HGRU(nn.Module):
     def _stages(self) -> tuple[tuple[Stage, Stage, Stage], bool]:
         """What lies between the convolutions, and whether it begins with the norms."""
         if self.fused == "eager":
-            return EAGER, False
+            return eager_stages(self.channels), False
         if self.fused and type(self.inhibition_norm) in FUSIBLE and type(self.excitation_norm) in FUSIBLE:
             return compiled_stages(self.norm, self.channels), True
         return (_gate, _inhibit, _excite), False
@@ -149,7 +149,10 @@ def _excite(
     return phi(torch.lerp(state, candidate.type_as(state), torch.sigmoid(update).type_as(state)))
 
 
-EAGER = Fused(_gate, compiled=False), Fused(_inhibit, compiled=False), Fused(_excite, compiled=False)
+@cache
+def eager_stages(_channels: int) -> tuple[Fused, Fused, Fused]:
+    """The three stages between norms and convolutions, not compiled: those of cells of one width, as shapes differ."""
+    return Fused(_gate, compiled=False), Fused(_inhibit, compiled=False), Fused(_excite, compiled=False)
 
 
 @cache

@@ -41,9 +41,9 @@ class Fused:
     `SIZES` shapes; others run as they are. Without a working compiler a warning says so, once, and `function` itself
     runs.
 
-    Not ``compiled``, they run operation by operation, as traced, which takes parts of a second for each of up to as
-    many shapes; for others `torch.func.vjp` is called anew. They keep as little for the backward pass and need no
-    compiler, and are slower than `function` itself, of which some is computed again.
+    Not ``compiled``, they run operation by operation, as traced, which takes a fraction of a second for each of up to
+    `SIZES` shapes; for others `torch.func.vjp` is called anew. They keep as little for the backward pass and need no
+    compiler, and are slower than `function` itself, as part of it is computed twice.
 
     Args:
         function: of tensors alone, built from PyTorch operations; returns one tensor.

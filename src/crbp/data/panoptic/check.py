@@ -115,8 +115,8 @@ def check(
         panoptic: the panoptic JSON.
         labels: folder of its PNGs; beside the JSON, of the same name without ``.json``, by default.
         categories: a `Categories`, or a JSON of them; those of the panoptic JSON by default.
-        instances: COCO's `instances_*.json`, where training is to be given one; it must be readable and know the images
-            alone that the panoptic JSON lists.
+        instances: COCO's `instances_*.json`, where training is to be given one; it must be readable and may name only
+            images that the panoptic JSON lists.
         quick: only the JSON and whether the files are there.
         allow_empty: an image without a segment is no finding.
         limit: number of findings to keep; all are counted.
@@ -135,11 +135,11 @@ def check(
     folders = Path(images), labels_folder(panoptic) if labels is None else Path(labels)
     collected = _Collected(limit)
     collected.add(problems(panoptic, content, known))
+    if instances is not None:
+        collected.add(_strange_images(instances, content["images"]))
     listed = len(content["images"])
     content = sound(content)
     collected.add(_shared_files(panoptic, content["images"]))
-    if instances is not None:
-        collected.add(_strange_images(instances, content["images"]))
     records = Records(content)
     del content
     if not allow_empty:
@@ -279,7 +279,8 @@ def _strange_images(instances: str | Path, images: list[dict[str, Any]]) -> Iter
     except DataError as error:
         yield Finding(str(error.where), "", error.what)
         return
-    for number in np.setdiff1d(known, [image["id"] for image in images]):
+    listed = {image.get("id") for image in images if isinstance(image, dict)}
+    for number in [each for each in known.tolist() if each not in listed]:
         yield Finding(str(instances), f"image {number}", "has an annotation but is not in the panoptic JSON")
 
 
