@@ -227,7 +227,9 @@ def tables(folder: Path) -> dict[str, str]:
     briefly = [row for row in many if row["images"] == FEW_IMAGES and row["boxes"] == "moved"]
     moved = [row for row in many if row["images"] == MORE_IMAGES and row["boxes"] == "moved"]
     proposed, few, heaps = ([row for row in rows if as_in_training(row)] for rows in (many, few, heaps))
-    return {
+    settling = folder / "settling.json"
+    measured = {"settling": settling_table(json.loads(settling.read_text()))} if settling.exists() else {}
+    return measured | {
         "overfit": overfit_table(overfit),
         "memory": memory_table(cost["memory"]),
         "time": time_table(cost),

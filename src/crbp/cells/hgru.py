@@ -45,7 +45,7 @@ class HGRU(nn.Module):
         fused: compile what lies between the convolutions, see `crbp.ops.Fused`: half a minute at the first steps, a
             third of it where the compiler's cache on disk is filled, for faster ones after. It pays at sizes where a
             step takes milliseconds. ``"eager"`` saves memory without a compiler: half of what autograd
-            keeps of a cell that is not fused, in 1.1 to 1.3 times its time.
+            keeps of each step of BPTT, in 1.1 to 1.2 times the time of a cell that is not fused.
 
     Raises:
         ValueError: for sizes out of range, an unknown norm or another value of ``fused``.
