@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from crbp.models.panoptic import BoxSettings, MergeSettings, mini_settings
 from crbp.tasks import LipschitzPenalty
 
 COUNTS = (5, 20, 100)  # steps
+INSTANCES = (10, 100)  # of the image that is as large as one of COCO
 PARTS = ("memory", "small", "full_size", "full_size_training")
 Batch = tuple[list[Tensor], list[dict[str, Any]]]
 
@@ -134,27 +135,41 @@ def full_size_training(repeats: int) -> dict[str, Any]:
 
 def full_size(repeats: int) -> dict[str, Any]:
     """Seconds of ResNet-50 networks for COCO on one image of 800×1088, by number of instances."""
-    image = torch.randint(256, (3, 800, 1088), generator=torch.Generator().manual_seed(0)).float()
     found: dict[str, Any] = {}
-    for instances in (10, 100):
-        settings: dict[str, Any] = {
-            "boxes": BoxSettings(score=0.0, detections=instances),
-            "merge": MergeSettings(score=1.0),
-        }
-        fpn = started(settings)
-        nets = {"Panoptic FPN": fpn, "R-FPN, N = 20": recurrent(settings, fpn, **contracting(20))}
-        found[f"{instances} instances"] = compared({k: inference(net, [image]) for k, net in nets.items()}, repeats)
+    for instances in INSTANCES:
+        jobs = full_size_inference(instances, {"R-FPN, N = 20": contracting(20)})
+        found[f"{instances} instances"] = compared(jobs, repeats)
     return found
 
 
+def full_size_inference(instances: int, recurrences: Mapping[str, dict[str, Any]]) -> dict[str, Callable[[], Any]]:
+    """What a ResNet-50 Panoptic FPN sees in one image with so many boxes, and R-FPNs with these recurrences by name."""
+    image = torch.randint(256, (3, 800, 1088), generator=torch.Generator().manual_seed(0)).float()
+    settings: dict[str, Any] = {
+        "boxes": BoxSettings(score=0.0, detections=instances),
+        "merge": MergeSettings(score=1.0),
+    }
+    fpn = started(settings)
+    nets = {name: recurrent(settings, fpn, **recurrence) for name, recurrence in recurrences.items()}
+    return {name: inference(net, [image]) for name, net in ({"Panoptic FPN": fpn} | nets).items()}
+
+
 def compared(jobs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, Any]:
-    """Seconds of each job, and the second over the first in every turn."""
-    for job in jobs.values():
-        job()
+    """Seconds of two jobs, and the second over the first in every turn."""
+    found = beside_first(jobs, repeats)
+    _, second = found.values()
+    return {name: each["seconds"] for name, each in found.items()} | {"ratio": second["ratio"]}
+
+
+def beside_first(jobs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, dict[str, Any]]:
+    """Seconds of each job, and their ratio to the first's in every turn."""
+    in_turns(jobs, 1)
     seconds = in_turns(jobs, repeats)
-    first, second = seconds.values()
-    ratio = [b / a for a, b in zip(first, second, strict=True)]
-    return {name: spread(values) for name, values in seconds.items()} | {"ratio": spread(ratio)}
+    first = next(iter(seconds.values()))
+    return {
+        name: {"seconds": spread(values), "ratio": spread([b / a for a, b in zip(first, values, strict=True)])}
+        for name, values in seconds.items()
+    }
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from inspect import signature
 from itertools import islice
@@ -23,12 +23,11 @@ from typing import Any
 
 import torch
 from _runs import ROOT
-from panoptic_cost import contracting, inference, recurrent, started
+from panoptic_cost import INSTANCES, beside_first, contracting, full_size_inference
 
-from crbp.bench.measure import environment, in_turns, spread
+from crbp.bench.measure import environment
 from crbp.metrics import PanopticQuality
 from crbp.models import RFPN, PanopticFPN
-from crbp.models.panoptic import BoxSettings, MergeSettings
 from crbp.models.panoptic.results import panoptic_result
 from crbp.tasks import PanopticData, load_trained
 from crbp.tasks.panoptic import segments_info
@@ -86,37 +85,18 @@ def small(net: RFPN, described: dict[str, Any], data: PanopticData, repeats: int
             by(image)
 
     jobs = {FPN: partial(seen, fpn)} | {named(each): partial(seen, net, each) for each in TOLERANCES}
-    return {"images": len(images)} | compared(jobs, repeats)
+    with torch.no_grad():
+        return {"images": len(images)} | beside_first(jobs, repeats)
 
 
 def full_size(rows: Rows, instances: int, repeats: int) -> dict[str, Any]:
     """Seconds of untrained ResNet-50 networks for COCO on one image of 800×1088, by the steps of a tolerance."""
-    image = torch.randint(256, (3, 800, 1088), generator=torch.Generator().manual_seed(0)).float()
-    settings: dict[str, Any] = {
-        "boxes": BoxSettings(score=0.0, detections=instances),
-        "merge": MergeSettings(score=1.0),
+    recurrences = {
+        row["name"]: contracting(max(round(row["steps"]), 1))
+        | {"tolerance": None if row["tolerance"] is None else 0.0}  # tested, and never met
+        for row in rows
     }
-    fpn = started(settings)
-    nets = {FPN: fpn}
-    for row in rows:
-        tolerance = None if row["tolerance"] is None else 0.0  # tested, and never met
-        nets[row["name"]] = recurrent(settings, fpn, tolerance=tolerance, **contracting(max(round(row["steps"]), 1)))
-    return compared({name: inference(net, [image]) for name, net in nets.items()}, repeats)
-
-
-@torch.no_grad()
-def compared(jobs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, Any]:
-    """Seconds of each job, and its ratio to the first in every turn."""
-    in_turns(jobs, 1)
-    seconds = in_turns(jobs, repeats)
-    first = next(iter(seconds.values()))
-    return {
-        name: {
-            "seconds": spread(values),
-            "ratio": spread([each / of for each, of in zip(values, first, strict=True)]),
-        }
-        for name, values in seconds.items()
-    }
+    return beside_first(full_size_inference(instances, recurrences), repeats)
 
 
 def named(tolerance: float | None) -> str:
@@ -143,7 +123,7 @@ def main() -> None:
         "images": options.images,
         "rows": rows,
         "small": small(net, described["model"]["init_args"]["net"], data, options.repeats),
-        "full_size": {f"{many} instances": full_size(rows, many, options.repeats) for many in (10, 100)},
+        "full_size": {f"{many} instances": full_size(rows, many, options.repeats) for many in INSTANCES},
         "environment": environment(),
     }
     options.out.write_text(json.dumps(found, indent=2) + "\n")

@@ -188,15 +188,15 @@ def rows() -> Iterator[tuple[str, str, dict[str, Any]]]:
     yield START, f"{shapes}: what the rows shapes_* start from", small("fpn", 128, START_STEPS, narrow=True)
     what = f"{shapes}, in heaps of one look: pools the crops of benchmarks/mask_heads.py --start {START_HEAPS}"
     yield START_HEAPS, what, small("fpn", 128, START_STEPS, narrow=True, heaps=True)
+    short = {method: "fpn" if method == "fpn" else f"rfpn_{method}" for method in ("fpn", *METHODS)}
     for method in COMPARED:
-        name = "fpn" if method == "fpn" else f"rfpn_{method}"
         what = f"Coloured shapes of 192 pixels, ResNet-18, {named(method)}; on two CPU cores"
-        yield f"mini_{name}", what, small(method, 192, MINI_STEPS)
-        yield f"shapes_{name}", f"{shapes}, {named(method)}", started(method)
+        yield f"mini_{short[method]}", what, small(method, 192, MINI_STEPS)
+        yield f"shapes_{short[method]}", f"{shapes}, {named(method)}", started(method)
     for images, methods in FROM_FEW.items():
         for method in methods:
-            name = "fpn" if method == "fpn" else f"rfpn_{method}"
-            yield f"few{images}_{name}", f"{shapes}, {named(method)}, of {images} images", from_few(method, images)
+            what = f"{shapes}, {named(method)}, of {images} images"
+            yield f"few{images}_{short[method]}", what, from_few(method, images)
 
 
 def comments(name: str, title: str) -> Iterator[str]:
