@@ -35,7 +35,7 @@ COLUMNS = (
     "row", "seed", "trained_steps", "parameters", "images", "steps", *QUALITIES, "true_box_iou", "seconds",
     "saved_mib", "commit", "true_box_pq_things",
 )  # fmt: skip
-FILES = ("mask_heads", "mask_heads_heaps", "overfit", "cost")
+FILES = ("mask_heads", "mask_heads_heaps", "overfit", "cost", "settling")
 TABLES = {"shapes": "table.csv", "few100": "few.csv", "few25": "few.csv"}  # by what the names of rows begin with
 FEW = 1000  # updates of a mask head trained alone
 FEW_IMAGES, MORE_IMAGES = 200, 1000  # that it is measured on
@@ -222,14 +222,13 @@ def as_in_training(row: dict[str, Any]) -> bool:
 
 def tables(folder: Path) -> dict[str, str]:
     """The tables of the page in a folder, from the files beside it."""
-    heads, heaps, overfit, cost = (json.loads((folder / f"{name}.json").read_text()) for name in FILES)
+    heads, heaps, overfit, cost, settling = (json.loads((folder / f"{name}.json").read_text()) for name in FILES)
     many, few = [row for row in heads if row["trained"] == TRAINED], [row for row in heads if row["trained"] < TRAINED]
     briefly = [row for row in many if row["images"] == FEW_IMAGES and row["boxes"] == "moved"]
     moved = [row for row in many if row["images"] == MORE_IMAGES and row["boxes"] == "moved"]
     proposed, few, heaps = ([row for row in rows if as_in_training(row)] for rows in (many, few, heaps))
-    settling = folder / "settling.json"
-    measured = {"settling": settling_table(json.loads(settling.read_text()))} if settling.exists() else {}
-    return measured | {
+    return {
+        "settling": settling_table(settling),
         "overfit": overfit_table(overfit),
         "memory": memory_table(cost["memory"]),
         "time": time_table(cost),
