@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crbp._checks import count
 from crbp.cells._parts import PointwiseConv2d, check_cell, check_shapes, chronos_
-from crbp.ops import Conv2d
+from crbp.ops import Conv2d, softplus
 
 
 class GALAHGRU(nn.Module):
@@ -90,13 +89,13 @@ class GALAHGRU(nn.Module):
     def forward(self, state: Tensor, drive: Tensor) -> Tensor:
         """One step: the next state, of the shape of ``state`` and ``drive``, ``(B, C, H, W)``."""
         check_shapes(state, drive, self.channels)
-        channel = self.channel_expand(F.softplus(self.channel_squeeze(state)))
-        spatial = self.spatial_map(F.softplus(self.spatial_squeeze(state)))
+        channel = self.channel_expand(softplus(self.channel_squeeze(state)))
+        spatial = self.spatial_map(softplus(self.spatial_squeeze(state)))
         attention = torch.sigmoid(torch.addcmul(self.attention_bias, channel, spatial))
         inhibition = self.inhibition_norm(self.inhibition(attention * state))
-        inhibited = F.softplus(drive - inhibition * torch.addcmul(self.mu, self.alpha, state))
+        inhibited = softplus(drive - inhibition * torch.addcmul(self.mu, self.alpha, state))
         update = torch.sigmoid(self.update_gate(inhibited))
-        candidate = F.softplus(self.excitation_norm(self.excitation(inhibited)))
+        candidate = softplus(self.excitation_norm(self.excitation(inhibited)))
         # Under autocast these two may come in a lower precision, which lerp does not promote.
         return torch.lerp(state, candidate.type_as(state), update.type_as(state))
 

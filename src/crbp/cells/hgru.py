@@ -7,7 +7,6 @@ from functools import cache
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crbp._checks import choice
@@ -15,7 +14,6 @@ from crbp.cells._parts import Norm, PointwiseConv2d, check_cell, check_shapes, c
 from crbp.ops import Conv2d, Fused, softplus
 
 Fusion = bool | Literal["eager"]
-Phi = Callable[[Tensor], Tensor]
 Stage = Callable[..., Tensor]
 
 
@@ -127,10 +125,8 @@ def _gate(gate: Tensor, state: Tensor) -> Tensor:
     return torch.sigmoid(gate) * state
 
 
-def _inhibit(
-    state: Tensor, drive: Tensor, alpha: Tensor, mu: Tensor, inhibiting: Tensor, *, phi: Phi = F.softplus
-) -> Tensor:
-    return phi(drive - phi(inhibiting * torch.addcmul(mu, alpha, state)))
+def _inhibit(state: Tensor, drive: Tensor, alpha: Tensor, mu: Tensor, inhibiting: Tensor) -> Tensor:
+    return softplus(drive - softplus(inhibiting * torch.addcmul(mu, alpha, state)))
 
 
 def _excite(
@@ -141,12 +137,10 @@ def _excite(
     gamma: Tensor,
     omega: Tensor,
     exciting: Tensor,
-    *,
-    phi: Phi = F.softplus,
 ) -> Tensor:
-    candidate = phi(torch.addcmul(kappa * inhibited, exciting, torch.addcmul(gamma, omega, inhibited)))
+    candidate = softplus(torch.addcmul(kappa * inhibited, exciting, torch.addcmul(gamma, omega, inhibited)))
     # Under autocast these two may come in a lower precision, which lerp does not promote.
-    return phi(torch.lerp(state, candidate.type_as(state), torch.sigmoid(update).type_as(state)))
+    return softplus(torch.lerp(state, candidate.type_as(state), torch.sigmoid(update).type_as(state)))
 
 
 @cache
@@ -161,11 +155,11 @@ def compiled_stages(norm: Norm, channels: int) -> tuple[Fused, Fused, Fused]:
     normalised = normalise(norm, channels)
 
     def inhibit(state: Tensor, drive: Tensor, alpha: Tensor, mu: Tensor, *inhibiting: Tensor) -> Tensor:
-        return _inhibit(state, drive, alpha, mu, normalised(*inhibiting), phi=softplus)
+        return _inhibit(state, drive, alpha, mu, normalised(*inhibiting))
 
     def excite(
         state: Tensor, inhibited: Tensor, update: Tensor, kappa: Tensor, gamma: Tensor, omega: Tensor, *exciting: Tensor
     ) -> Tensor:
-        return _excite(state, inhibited, update, kappa, gamma, omega, normalised(*exciting), phi=softplus)
+        return _excite(state, inhibited, update, kappa, gamma, omega, normalised(*exciting))
 
     return Fused(_gate), Fused(inhibit), Fused(excite)

@@ -1,10 +1,11 @@
-"""What the autograd engine is after while it runs."""
+"""What PyTorch is after: the autograd engine while it runs, and whoever calls an operation."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def wanted(ctx: Any, arguments: int, *, first: int = 0) -> tuple[bool, ...]:
@@ -26,3 +27,13 @@ def _executes(node: Any) -> bool:
         return bool(torch._C._will_engine_execute_node(node))
     except (AttributeError, RuntimeError, TypeError):
         return True  # a leaf in `torch.autograd.grad`, or no pass of the engine at all
+
+
+def is_ordinary(x: Tensor) -> bool:
+    """Whether a tensor on a CPU is computed with as usual: no compiler, transform or change of precision is at work.
+
+    Those are `torch.compile`, the transforms of `torch.func`, forward differentiation and autocast.
+    """
+    if x.device.type != "cpu" or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is None and torch.autograd.forward_ad._current_level < 0

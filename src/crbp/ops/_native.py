@@ -1,4 +1,4 @@
-"""`spectral.cpp` and `winograd.cpp`, compiled on this machine when they are first wanted."""
+"""`spectral.cpp`, `winograd.cpp` and `pointwise.cpp`, compiled on this machine when they are first wanted."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import warnings
 from functools import cache
 from pathlib import Path
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("spectral.cpp", "winograd.cpp"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("spectral.cpp", "winograd.cpp", "pointwise.cpp"))
 HEADERS = (Path(__file__).with_name("lanes.h"),)
 
 
@@ -32,7 +32,7 @@ def found() -> ctypes.CDLL | None:
         library = ctypes.CDLL(str(build()))
     except (OSError, subprocess.SubprocessError) as error:
         warnings.warn(
-            f"convolutions use PyTorch's own operations, which is slower, because the native ones cannot be "
+            f"convolutions and softplus use PyTorch's own operations, which is slower, as the native ones cannot be "
             f"compiled ({reason(error)}); a C++ compiler named c++ or by the variable CXX is needed",
             RuntimeWarning,
             stacklevel=2,
@@ -92,7 +92,7 @@ def _compiled(command: list[str]) -> Path:
     sources = (file.read_text(encoding="utf-8") for file in (*SOURCES, *HEADERS))
     key = hashlib.sha256("\n".join((*command, defined, *sources)).encode()).hexdigest()[:16]
     folder = _cache()
-    library = folder / f"convolution-{key}.so"
+    library = folder / f"native-{key}.so"
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             new = Path(scratch) / library.name

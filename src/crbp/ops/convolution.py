@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from crbp._checks import choice, count
 from crbp.ops import winograd
+from crbp.ops._engine import is_ordinary
 from crbp.ops._kept import Kept
 from crbp.ops._native import found
 from crbp.ops.spectral import LANES, Frame, Sides, correlate, frame_for, native_suits, spectrum
@@ -125,11 +126,7 @@ def preferred_method(image: Tensor, weight: Tensor) -> Literal["direct", "fft", 
     """
     if image.ndim != 4 or image.numel() == 0 or weight.numel() == 0:
         return "direct"
-    if image.device.type != "cpu" or image.dtype not in (torch.float32, torch.float64):
-        return "direct"
-    if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
-        return "direct"
-    if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
+    if image.dtype not in (torch.float32, torch.float64) or not is_ordinary(image):
         return "direct"
     (images, _, height, width), (outputs, inputs, high, broad) = image.shape, weight.shape
     threads = torch.get_num_threads()

@@ -9,18 +9,18 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from crbp.ops._anew import Recomputed, saved_by, without_hooks
 from crbp.ops._engine import wanted
 from crbp.ops._linear import Linear, linearise
+from crbp.ops.pointwise import for_compiler
 
 Function = Callable[..., Tensor]
 Indices = tuple[int, ...]
@@ -86,9 +86,9 @@ class Fused:
         key = asked, _signature(tensors)
         arguments = tensors[1:]
         if key not in self._linear and asked not in self._impure and not self._is_full(("residuals", asked)):
-            traced = _traced(_first(self.function, asked), tensors)
+            traced = self._traced(_first(self.function, asked), tensors)
             # The derivatives of some operations, as of `torch.lerp`, fill a tensor in place.
-            linear = linearise(traced) or linearise(_traced(torch.func.functionalize(traced), tensors))
+            linear = linearise(traced) or linearise(self._traced(torch.func.functionalize(traced), tensors))
             if linear is None:
                 self._impure.add(asked)
             else:
@@ -105,6 +105,9 @@ class Fused:
         """The pull-back of `pullback`: of cotangents and then ``g, x…``, for the arguments ``then`` of these."""
         pull = _second(self.function, asked, then)
         return tuple(self._run(("second", (asked, then)), pull, *tensors))
+
+    def _traced(self, function: Callable[..., Any], tensors: Sequence[Tensor]) -> fx.GraphModule:
+        return _traced(function, tensors, for_compiler if self.compiled else nullcontext)
 
     def _run(self, name: Any, function: Callable[..., Any], *tensors: Tensor) -> Any:
         if self.compiled and not _Compiler.works:
@@ -133,11 +136,11 @@ class Fused:
         self._sizes[key[0][:2]] += 1  # without the sizes
         if not self.compiled:
             # Of derivatives only what it takes to compute them is to run.
-            self._ready[key] = function if function is self.function else _traced(function, tensors)
+            self._ready[key] = function if function is self.function else self._traced(function, tensors)
             return self._ready[key](*tensors)
         start = time.perf_counter()
         try:
-            self._ready[key] = _compiled(_traced(function, tensors), tensors)
+            self._ready[key] = _compiled(self._traced(function, tensors), tensors)
             return self._ready[key](*tensors)
         except torch._dynamo.exc.TorchDynamoException as error:  # also where a GPU is too old, or Triton missing
             _Compiler.give_up(error)
@@ -195,8 +198,10 @@ def repeated_products() -> Iterator[None]:
         _repeated.maps = before
 
 
-def _traced(function: Callable[..., Any], tensors: Sequence[Tensor]) -> fx.GraphModule:
-    """The operations that a function comes to for tensors like these."""
+def _traced(
+    function: Callable[..., Any], tensors: Sequence[Tensor], context: Callable[[], AbstractContextManager[None]]
+) -> fx.GraphModule:
+    """The operations that a function comes to for tensors like these, within a context."""
     if isinstance(function, fx.GraphModule):
         return function
     # One tensor given twice is two arguments here.
@@ -204,7 +209,7 @@ def _traced(function: Callable[..., Any], tensors: Sequence[Tensor]) -> fx.Graph
     graded = torch.is_grad_enabled()
 
     def trace() -> fx.GraphModule:
-        with torch.set_grad_enabled(graded):
+        with torch.set_grad_enabled(graded), context():
             graph: fx.GraphModule = make_fx(function, tracing_mode="fake")(*copies)
         graph.graph.eliminate_dead_code()
         graph.recompile()
@@ -227,51 +232,6 @@ def _compiled(graph: fx.GraphModule, tensors: Sequence[Tensor]) -> Callable[...,
 
 def _warn(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=2)
-
-
-# log(1 + e) / e on [0, 1], lowest power first: a least-squares fit in Chebyshev polynomials.
-_LOG1P = (
-    0.999999999, -0.499999817, 0.333325692, -0.249873928, 0.198915375, -0.161086319,
-    0.124251029, -0.082535332, 0.0415576225, -0.013444831, 0.0020376905,
-)  # fmt: skip
-
-
-def softplus(x: Tensor) -> Tensor:
-    """``log(1 + eˣ)``, for use inside `Fused`, where a logarithm costs more than all else in a stage.
-
-    In float32 ``max(x, 0) + log(1 + e^−|x|)`` with a polynomial for the logarithm: relative error below 3e-7; its
-    derivative is the logistic function. In other precisions `torch.nn.functional.softplus`.
-    """
-    if x.dtype != torch.float32:
-        return F.softplus(x)
-    result: Tensor = _Softplus.apply(x)
-    return result
-
-
-class _Softplus(torch.autograd.Function):
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        small = torch.exp(-x.abs())
-        return torch.relu(x) + _log1p(small)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return gradient * torch.sigmoid(x)
-
-
-def _log1p(e: Tensor) -> Tensor:
-    """``log(1 + e)`` on [0, 1], by Estrin’s scheme, as Horner’s is one long chain of operations."""
-    c = _LOG1P
-    e2 = e * e
-    e4 = e2 * e2
-    pairs = [c[k] + c[k + 1] * e for k in range(0, 10, 2)]
-    low = (pairs[0] + pairs[1] * e2) + (pairs[2] + pairs[3] * e2) * e4
-    return (low + (pairs[4] + c[10] * e2) * (e4 * e4)) * e
 
 
 def compiler_works() -> bool:
