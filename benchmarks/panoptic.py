@@ -35,6 +35,7 @@ from crbp.tasks.weights import build
 
 CONFIGS = ROOT / "configs" / "panoptic"
 STEPS = (1, 2, 3, 5, 10, 20, 30)  # of the mask head, at which a recurrent network is measured
+MANY = 200  # images above which it is measured at its own and at the last of these alone
 Counts = Sequence[int | None]  # numbers of steps, or None alone for a mask head without them
 
 
@@ -44,7 +45,8 @@ def analyse(name: str, run: Path) -> bool:
     net: Any = load_net(run / "weights" / "last.safetensors")
     data = build(PanopticData, config["data"], f"the data of {name}")
     trained = net.steps if isinstance(net, RFPN) else None
-    counts: Counts = [None] if trained is None else sorted({*STEPS, trained})
+    steps = STEPS if config["data"]["init_args"]["source"]["init_args"]["val"] <= MANY else STEPS[-1:]
+    counts: Counts = [None] if trained is None else sorted({*steps, trained})
     found = {
         "parameters": sum(parameter.numel() for parameter in net.parameters()),
         "steps": trained,

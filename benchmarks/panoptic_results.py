@@ -3,8 +3,9 @@
     python benchmarks/panoptic_results.py 'shapes_*' --seeds 0 1 --out results/panoptic
     python benchmarks/panoptic_results.py 'few*' --seeds 0 1 --out results/panoptic
 
-Reads the runs of `panoptic.py`, and writes all that was measured of them to `table.csv` or `few.csv`, and the weights
-of one of them, in half precision, to `weights`; rows that are not finished are left out.
+Reads the runs of `panoptic.py`, and writes all that was measured of them to `table.csv`, `few.csv` or `whole.csv`, in
+place of what is there of the same row and seed, and the weights of one of them, in half precision, to `weights`; rows
+that are not finished are left out.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,8 @@ COLUMNS = (
     "saved_mib", "commit", "true_box_pq_things",
 )  # fmt: skip
 FILES = ("mask_heads", "mask_heads_heaps", "overfit", "cost", "settling")
-TABLES = {"shapes": "table.csv", "few100": "few.csv", "few25": "few.csv"}  # by what the names of rows begin with
+FEW_ROWS = ("few100", "few25", "few25b")
+TABLES = {"shapes": "table.csv", **dict.fromkeys(FEW_ROWS, "few.csv"), "whole": "whole.csv"}  # by how names begin
 FEW = 1000  # updates of a mask head trained alone
 FEW_IMAGES, MORE_IMAGES = 200, 1000  # that it is measured on
 TRAINED = 2000  # images that it is trained on, unless these are few
@@ -74,7 +76,7 @@ def saved_mib(file: Path, config: dict[str, Any]) -> float:
     """MiB that autograd saves in a training step of a run, on its first batch."""
     net: Any = load_net(file)
     for name, parameter in net.named_parameters():
-        parameter.requires_grad_(name.startswith(tuple(config["model"]["init_args"]["trained"])))
+        parameter.requires_grad_(name.startswith(tuple(config["model"]["init_args"].get("trained", [""]))))
     batch = next(iter(build(PanopticData, config["data"], f"the data of {file}").train_dataloader()))
     torch.manual_seed(0)  # of the boxes that are drawn
     with crbp.activation_memory(exclude=[*net.train().parameters(), *batch.images]) as memory:
@@ -233,7 +235,7 @@ def tables(folder: Path) -> dict[str, str]:
         "memory": memory_table(cost["memory"]),
         "time": time_table(cost),
         "shapes": table(read(folder / TABLES["shapes"])),
-        **{kind: table(of_kind(kind, read(folder / TABLES[kind])), places=2) for kind in ("few100", "few25")},
+        **{kind: table(of_kind(kind, read(folder / TABLES[kind])), places=2) for kind in (*FEW_ROWS, "whole")},
         "heads": heads_table(row for row in briefly if row["updates"] <= FEW),
         "heads_long": heads_table(row for row in briefly if row["updates"] > FEW),
         "heads_more": heads_table(moved),
@@ -297,6 +299,17 @@ def read(file: Path) -> list[Line]:
         return list(csv.DictReader(rows))
 
 
+def write(file: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Write lines to a table in place of those of the same row and seed."""
+    new = [{k: f"{v:.4g}" if isinstance(v, float) else v for k, v in line.items()} for line in lines]
+    made = {(line["row"], str(line["seed"])) for line in new}
+    kept = [line for line in read(file) if (line["row"], line["seed"]) not in made] if file.exists() else []
+    with file.open("w", newline="") as out:
+        writer = csv.DictWriter(out, COLUMNS, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(sorted([*kept, *new], key=lambda line: (line["row"], int(line["seed"]))))
+
+
 def main() -> None:
     """Set the table of the rows asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -310,14 +323,12 @@ def main() -> None:
     files = {TABLES.get(line["row"].split("_")[0]) for line in lines}
     if len(files) > 1 or None in files:
         raise SystemExit(
-            f"a table is of the rows shapes_* or few*, not of {', '.join(sorted({row['row'] for row in lines}))}"
+            "a table is of the rows shapes_*, few* or whole_*, not of "
+            f"{', '.join(sorted({row['row'] for row in lines}))}"
         )
     (name,) = files
     options.out.mkdir(parents=True, exist_ok=True)
-    with (options.out / name).open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in line.items()} for line in lines)
+    write(options.out / name, lines)
     page = options.out / "README.md"
     if name == TABLES["shapes"]:
         figure(read(options.out / name)).savefig(options.out / "steps.png", dpi=140)

@@ -2,7 +2,8 @@
 
     python benchmarks/speed_results.py [FOLDER]
 
-Without a folder those are of `results/speed`: `bench.json` and, of commits of their own, the parts that take long.
+Without a folder those are of `results/speed`: `bench.json` and `epyc.json`, of two processors, and, of commits of
+their own, the parts that take long.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from _runs import ROOT
 from _tables import markdown, with_tables
 
 Numbers = dict[str, Any]
-FILES = ("bench", "kernels", "memory", "solvers", "scaling")
+MACHINES = {"bench": "Xeon", "epyc": "EPYC"}  # by file
+FILES = (*MACHINES, "kernels", "memory", "solvers", "scaling")
 STEPS = (5, 20, 100, 500)
 PRODUCTS = (1, 3, 6, 10, 15, 20, 30, 40)
 METHODS = {
@@ -35,7 +37,8 @@ def tables(parts: dict[str, Numbers]) -> dict[str, str]:
         "memory": memory(parts["memory"]["memory"], "saved_bytes"),
         "grown": memory(parts["memory"]["memory"], "peak_bytes"),
         "paper": paper(parts["memory"]["memory"]["paper"]),
-        "f1": time_to_f1(parts["bench"]["time_to_f1"]),
+        "step": steps({machine: parts[file]["step"] for file, machine in MACHINES.items()}),
+        "f1": time_to_f1({machine: parts[file]["time_to_f1"] for file, machine in MACHINES.items()}),
         "precision": precision(parts["bench"]["precision"]),
         "solvers": solvers(parts["solvers"]["solvers"]),
         "scaling": scaling(parts["scaling"]["scaling"]),
@@ -76,16 +79,34 @@ def paper(part: Numbers) -> str:
     return markdown(("images", *saved, *grown_by), body)
 
 
-def time_to_f1(part: Numbers) -> str:
-    """Seconds to the target by code."""
+def steps(machines: dict[str, Numbers]) -> str:
+    """Seconds of a training step by processor and by how stages run, each beside the textbook's in turns with it."""
     body = []
-    for name, found in part["codes"].items():
-        whole = f"{found['seconds']:.1f} s" if found["seconds"] else "not reached"
-        ratio = f"**{found['speedup']:.2f}×**" if found["speedup"] else ""
-        each = [f"{1e3 * found['seconds_per_image']:.1f} ms", f"{found['speedup_per_image']:.2f}×"]
-        first = f"{found['first_batch_seconds']:.1f} s"
-        body.append([name, f"{found['images'] or ''}", whole, ratio, first, *each])
-    return markdown(("code", "images", "whole", "ratio", "of which the first batch", "an image", "ratio"), body)
+    for machine, part in machines.items():
+        ways = {"fused": part, "not fused": part["not_fused"], "fused, eager": part.get("eager")}
+        for name, found in ways.items():
+            if found is None:
+                continue
+            seconds = [_spread(found[code], unit=" s") for code in ("crbp", "textbook")]
+            differs = f"{found['gradient_difference_overall']:.1e}".replace("e-0", "e-")
+            worst = f"{found['gradient_difference']:.1e}".replace("e-0", "e-")
+            body.append([machine, name, *seconds, _spread(found["speedup"], unit="×", bold=True), differs, worst])
+    heads = ("gradients differ by", "that of one parameter by")
+    return markdown(("processor", "", "crbp", "textbook", "ratio", *heads), body)
+
+
+def time_to_f1(machines: dict[str, Numbers]) -> str:
+    """Seconds to the target by processor and code."""
+    body = []
+    for machine, part in machines.items():
+        for name, found in part["codes"].items():
+            whole = f"{found['seconds']:.1f} s" if found["seconds"] else "not reached"
+            ratio = f"**{found['speedup']:.2f}×**" if found["speedup"] else ""
+            each = [f"{1e3 * found['seconds_per_image']:.1f} ms", f"{found['speedup_per_image']:.2f}×"]
+            first = f"{found['first_batch_seconds']:.1f} s"
+            body.append([machine, name, f"{found['images'] or ''}", whole, ratio, first, *each])
+    heads = ("code", "images", "whole", "ratio", "of which the first batch", "an image", "ratio")
+    return markdown(("processor", *heads), body)
 
 
 def precision(part: Numbers) -> str:

@@ -105,19 +105,26 @@ def test_rows_for_detectron2_take_what_it_publishes(name: str) -> None:
 def test_rows_on_shapes_differ_from_what_they_start_from_in_their_masks_alone() -> None:
     start = content("start_shapes")
     masks = ["roi_heads.mask_head.", "roi_heads.mask_predictor."]
-    rows = [path.stem for path in FILES if path.stem.startswith(("shapes_", "few"))]
-    assert {name.split("_")[0] for name in rows} == {"shapes", "few100", "few25"}
+    rows = [path.stem for path in FILES if path.stem.startswith(("shapes_", "few", "whole_"))]
+    assert {name.split("_")[0] for name in rows} == {"shapes", "few100", "few25", "few25b", "whole"}
     for name in rows:
         row = content(name)
         task, net = row["model"]["init_args"], row["model"]["init_args"]["net"]["init_args"]
         known = start["model"]["init_args"]["net"]["init_args"]
-        assert net["boxes"].pop("samples") <= known["boxes"]["samples"]  # of training, in which the boxes have no part
+        samples = net["boxes"].pop("samples")  # of training
+        assert samples <= known["boxes"]["samples"]
         assert {key: net[key] for key in net if key not in ("evolve", "penalty", "norm_scale", "horizon")} == {
             **known,
             "boxes": {key: known["boxes"][key] for key in net["boxes"]},
         }
         assert task["weights"] == "runs/start_shapes/version_0/weights/last.safetensors"
-        assert task["without"] == task["trained"] == masks
+        assert task["without"] == masks
+        if name.startswith("whole_"):  # all of it is trained, as the start was
+            assert "trained" not in task
+            assert samples == known["boxes"]["samples"]
+            assert task["learning_rate"] == start["model"]["init_args"]["learning_rate"]
+        else:
+            assert task["trained"] == masks
         images, seen = (each["data"]["init_args"]["source"]["init_args"] for each in (row, start))
         assert images["seed"] != seen.get("seed", 0)
         others = {"seed": 0, "train": 0, "val": 0}
@@ -132,6 +139,14 @@ def test_rows_of_few_images_see_as_many_as_those_of_many() -> None:
             seen[path.stem] = row["data"]["init_args"]["source"]["init_args"]["train"] * row["trainer"]["max_epochs"]
             assert row["trainer"].get("check_val_every_n_epoch", 1) == row["trainer"]["max_epochs"]
     assert set(seen.values()) == {4_000}
+
+
+def test_the_second_draw_of_few_images_is_of_others_and_nothing_else() -> None:
+    for name in ("fpn", "rfpn_crbp5"):
+        first, second = content(f"few25_{name}"), content(f"few25b_{name}")
+        seeds = [row["data"]["init_args"]["source"]["init_args"].pop("seed") for row in (first, second)]
+        assert first == second
+        assert len({0, *seeds}) == 3  # 0 is that of the start
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if path.stem.startswith("mini_")], ids=lambda path: path.stem)

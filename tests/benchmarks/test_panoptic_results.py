@@ -76,6 +76,19 @@ def test_a_table_of_few_images_tells_two_digits_of_its_rows_alone(script: Any) -
     assert (row[0], row[4]) == ("Panoptic FPN", "26.50")
 
 
+def test_lines_take_the_place_of_those_of_the_same_run_alone(script: Any, tmp_path: Path) -> None:
+    file = tmp_path / "few.csv"
+    script.write(file, LINES)
+    written = script.read(file)
+    assert len(written) == len(LINES)
+    script.write(file, [{**LINES[0], "pq": 0.98761}, {**LINES[0], "row": "shapes_other"}])
+    changed = script.read(file)
+    assert [line["pq"] for line in changed if line["row"] == LINES[0]["row"]] == ["0.9876"]
+    assert [line for line in changed if line["row"] not in (LINES[0]["row"], "shapes_other")] == [
+        line for line in written if line["row"] != LINES[0]["row"]
+    ]
+
+
 def test_steps_and_times_stand_by_tolerance(script: Any) -> None:
     ratio = {"ratio": {"median": 1.25, "min": 1.0, "max": 1.5}}
     rows = [{"name": "all steps", "steps": 20, "pq": 0.26}, {"name": "tolerance 0.01", "steps": 10.66, "pq": 0.2616}]
