@@ -3,9 +3,9 @@
     python benchmarks/panoptic_results.py 'shapes_*' --seeds 0 1 --out results/panoptic
     python benchmarks/panoptic_results.py 'few*' --seeds 0 1 --out results/panoptic
 
-Reads the runs of `panoptic.py`, and writes all that was measured of them to `table.csv`, `few.csv` or `whole.csv`, in
-place of what is there of the same row and seed, and the weights of one of them, in half precision, to `weights`; rows
-that are not finished are left out.
+Reads the runs of `panoptic.py`, and writes all that was measured of them to `table.csv` or `few.csv`, in place of
+what is there of the same row and seed, and the weights of one of them, in half precision, to `weights`; rows that are
+not finished are left out.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ COLUMNS = (
 )  # fmt: skip
 FILES = ("mask_heads", "mask_heads_heaps", "overfit", "cost", "settling")
 FEW_ROWS = ("few100", "few25", "few25b")
-TABLES = {"shapes": "table.csv", **dict.fromkeys(FEW_ROWS, "few.csv"), "whole": "whole.csv"}  # by how names begin
+TABLES = {"shapes": "table.csv", **dict.fromkeys(FEW_ROWS, "few.csv")}  # by how names begin
 FEW = 1000  # updates of a mask head trained alone
 FEW_IMAGES, MORE_IMAGES = 200, 1000  # that it is measured on
 TRAINED = 2000  # images that it is trained on, unless these are few
@@ -76,7 +76,7 @@ def saved_mib(file: Path, config: dict[str, Any]) -> float:
     """MiB that autograd saves in a training step of a run, on its first batch."""
     net: Any = load_net(file)
     for name, parameter in net.named_parameters():
-        parameter.requires_grad_(name.startswith(tuple(config["model"]["init_args"].get("trained", [""]))))
+        parameter.requires_grad_(name.startswith(tuple(config["model"]["init_args"]["trained"])))
     batch = next(iter(build(PanopticData, config["data"], f"the data of {file}").train_dataloader()))
     torch.manual_seed(0)  # of the boxes that are drawn
     with crbp.activation_memory(exclude=[*net.train().parameters(), *batch.images]) as memory:
@@ -235,7 +235,7 @@ def tables(folder: Path) -> dict[str, str]:
         "memory": memory_table(cost["memory"]),
         "time": time_table(cost),
         "shapes": table(read(folder / TABLES["shapes"])),
-        **{kind: table(of_kind(kind, read(folder / TABLES[kind])), places=2) for kind in (*FEW_ROWS, "whole")},
+        **{kind: table(of_kind(kind, read(folder / TABLES[kind])), places=2) for kind in FEW_ROWS},
         "heads": heads_table(row for row in briefly if row["updates"] <= FEW),
         "heads_long": heads_table(row for row in briefly if row["updates"] > FEW),
         "heads_more": heads_table(moved),
@@ -323,8 +323,7 @@ def main() -> None:
     files = {TABLES.get(line["row"].split("_")[0]) for line in lines}
     if len(files) > 1 or None in files:
         raise SystemExit(
-            "a table is of the rows shapes_*, few* or whole_*, not of "
-            f"{', '.join(sorted({row['row'] for row in lines}))}"
+            f"a table is of the rows shapes_* or few*, not of {', '.join(sorted({row['row'] for row in lines}))}"
         )
     (name,) = files
     options.out.mkdir(parents=True, exist_ok=True)

@@ -29,11 +29,14 @@ LATER = [7 / 9, 25 / 27]  # when the rate falls in detectron2's 3× schedule: st
 SMALL_BOXES = {"channels": 256, "samples": 64, "detections": 50}
 NARROW_BOXES = {"channels": 64, "size": 6, "samples": 32, "positive_share": 0.5, "detections": 50}
 COMPARED = ("fpn", "bptt1", "bptt3", "crbp10", "crbp20")  # on generated shapes
-BEST = ("fpn", "bptt3", "crbp5")  # with the settings that suit R-FPN's head (results/panoptic)
 # The same from so few images, and the seed of these: by what the names of rows begin with.
-FROM_FEW = {"few100": (100, 1, BEST), "few25": (25, 1, ("fpn", "crbp5")), "few25b": (25, 2, ("fpn", "crbp5"))}
+FROM_FEW = {
+    "few100": (100, 1, ("fpn", "bptt3", "crbp5")),
+    "few25": (25, 1, ("fpn", "crbp5")),
+    "few25b": (25, 2, ("fpn", "crbp5")),
+}
 MASKS = ["roi_heads.mask_head.", "roi_heads.mask_predictor."]
-STARTED = ("shapes_", "few", "whole_")  # how rows are called that start from it
+STARTED = ("shapes_", "few")  # how rows are called that start from it
 START = "start_shapes"  # the row whose weights those on shapes start from
 START_HEAPS = "start_heaps"  # the same, of shapes that lie in heaps of one look
 START_STEPS, ROW_STEPS, MINI_STEPS = 3_000, 1_000, 500  # of four images
@@ -150,11 +153,13 @@ def started(method: str) -> dict[str, Any]:
     return made
 
 
-def suited(method: str) -> dict[str, Any]:
-    """The same with the settings of `benchmarks/mask_heads.py` that suit R-FPN's head, and more images to measure."""
+def from_few(method: str, images: int, seed: int) -> dict[str, Any]:
+    """The same from few images, each seen as often as the steps allow, with settings of `benchmarks/mask_heads.py`."""
     made = started(method)
+    epochs = 4 * ROW_STEPS // images
+    made["trainer"] |= {"max_epochs": epochs, "check_val_every_n_epoch": epochs}
     made["model"]["init_args"]["beta2"] = 0.99
-    made["data"]["init_args"]["source"]["init_args"]["val"] = 1_000
+    made["data"]["init_args"]["source"]["init_args"] |= {"train": images, "val": 1_000, "seed": seed}
     net = made["model"]["init_args"]["net"]["init_args"]
     if method != "fpn":
         net["norm_scale"] = 1.0
@@ -162,25 +167,6 @@ def suited(method: str) -> dict[str, Any]:
         net["horizon"] = 3
         net["evolve"]["gradient"]["init_args"]["solver"]["init_args"]["terms"] = 4  # steps before the last
         net["penalty"]["init_args"]["weight"] /= 10
-    return made
-
-
-def from_few(method: str, images: int, seed: int) -> dict[str, Any]:
-    """These from few images, each seen as often as the steps allow."""
-    made = suited(method)
-    epochs = 4 * ROW_STEPS // images
-    made["trainer"] |= {"max_epochs": epochs, "check_val_every_n_epoch": epochs}
-    made["data"]["init_args"]["source"]["init_args"] |= {"train": images, "seed": seed}
-    return made
-
-
-def whole(method: str) -> dict[str, Any]:
-    """These with the whole network trained, at the rate and on as many boxes as what it starts from."""
-    made, start = suited(method), small(method, 128, ROW_STEPS, narrow=True)["model"]["init_args"]
-    task = made["model"]["init_args"]
-    del task["trained"]
-    task["learning_rate"] = start["learning_rate"]
-    task["net"]["init_args"]["boxes"] = start["net"]["init_args"]["boxes"]
     return made
 
 
@@ -217,8 +203,6 @@ def rows() -> Iterator[tuple[str, str, dict[str, Any]]]:
         for method in methods:
             what = f"{shapes}, {named(method)}, of {images} images{' of another seed' if seed > 1 else ''}"
             yield f"{kind}_{short[method]}", what, from_few(method, images, seed)
-    for method in BEST:
-        yield f"whole_{short[method]}", f"{shapes}, {named(method)}, all of it trained", whole(method)
 
 
 def comments(name: str, title: str) -> Iterator[str]:

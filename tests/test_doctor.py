@@ -97,7 +97,7 @@ def test_with_torch_alone_it_says_what_to_install_and_fails(tmp_path: Path) -> N
         done.stdout
     )
     assert "run: pip install 'crbp[panoptic]'" in done.stdout
-    assert "native FFT        cannot be built: " in done.stdout
+    assert "native code       cannot be built: " in done.stdout
     assert "cache             cannot be written: " in done.stdout
     assert done.stdout.splitlines()[-1].startswith("Training does not work: ")
     assert done.stdout.endswith("missing or too old; run: pip install 'crbp[train]'\n")

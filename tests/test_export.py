@@ -79,6 +79,16 @@ def test_the_file_of_torch_export_does_as_the_network(cell: str, tmp_path: Path)
     torch.testing.assert_close(run_file(tmp_path / "net.pt2", image), logits(net, image, 2), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(("channels", "image"), [(3, (4, 1, 60, 61)), (24, (1, 1, 20, 21)), (24, (2, 1, 40, 40))])
+def test_it_does_so_on_either_side_of_the_size_where_native_code_is_worth_it(
+    channels: int, image: tuple[int, ...]
+) -> None:
+    net, given = PathfinderNet(crbp.cells.HGRU(channels, 3), crbp.Evolve(steps=3)).eval(), torch.rand(image)
+    expected = FixedSteps(net)(given)
+    torch.testing.assert_close(exported(net).module()(given), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits(net, given), expected, rtol=0, atol=1e-4)
+
+
 def test_nothing_of_crbp_is_in_what_is_exported() -> None:
     net: Any = made("HGRU", kernel_size=15)
     for conv in (net.cell.inhibition, net.cell.excitation):

@@ -142,7 +142,7 @@ def _memory() -> Found:
 
 
 def _native_code() -> Found:
-    """The compiler, and the native FFT, which is built here if it is not in the cache yet."""
+    """The compiler, and the native code, which is built here if it is not in the cache yet."""
     compiler, library, fault = None, None, None
     try:
         compiler = " ".join(_native.compiler())
@@ -174,8 +174,8 @@ def _told(found: Found) -> str:
     lines += ["", "machine", f"  devices           {'; '.join(found['devices'])}"]
     lines += [f"  cores, threads    {found['cores']} to use, {found['threads']} used by torch"]
     lines += [f"  memory            {sizes or 'unknown'}"]
-    lines += [f"  C++ compiler      {native['compiler'] or 'missing: fused cells and large kernels are slower'}"]
-    lines += [f"  native FFT        {native['fft'] or 'cannot be built: ' + native['fault']}"]
+    lines += [f"  C++ compiler      {native['compiler'] or 'missing: cells and convolutions are slower'}"]
+    lines += [f"  native code       {native['fft'] or 'cannot be built: ' + native['fault']}"]
     lines += [f"  cache             {cache['folder'] or 'cannot be written: ' + cache['fault']}", ""]
     return "\n".join(
         [*lines, f"Training does not work: {_trouble(found)}" if not found["works"] else "Training works."]

@@ -25,6 +25,7 @@ from crbp.cells import HGRU
 from crbp.gradients import Recurrence
 from crbp.models import PathfinderNet
 from crbp.ops import Conv2d
+from crbp.ops.pointwise import as_pytorch
 
 __all__ = ["FixedSteps", "exported", "to_onnx", "to_pt2"]
 
@@ -65,6 +66,10 @@ class FixedSteps(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits ``(B, 2, H, W)`` of images ``(B, 1, H, W)`` in [0, 1]."""
+        with as_pytorch():
+            return self._run(image)
+
+    def _run(self, image: Tensor) -> Tensor:
         drive = self.net.drive(image)
         start, spec = flatten_state(self.net.cell.initial_state(drive))
         step = leaf_step(lambda state: self.net.cell(state, drive), spec)

@@ -83,10 +83,37 @@ def test_the_slope_alone_is_kept_and_only_for_a_graph() -> None:
 def test_its_operators_are_well_formed() -> None:
     for operator in (pointwise._softplus, pointwise._softplus_and_slope):
         torch.library.opcheck(operator, (torch.randn(3, 700),))
-        with pytest.raises(TypeError, match=r"a contiguous tensor of float32 is needed, not torch\.float64"):
+        with pytest.raises(TypeError, match=r"a dense tensor of float32 is needed, not one of torch\.float64"):
             operator(torch.randn(3, dtype=torch.float64))
         with pytest.raises(TypeError, match=r"with strides \(1, 3\)"):
             operator(torch.randn(4, 3).t())
+
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(pointwise._softplus_and_slope, (torch.randn(3, 70, requires_grad=True),), test_utils=checks)
+
+
+@needs_compiler
+def test_other_layouts_without_gaps_are_kept() -> None:
+    x = torch.randn(2, 8, 48, 48).to(memory_format=torch.channels_last).requires_grad_()
+    value = ops.softplus(x)
+    assert value.grad_fn is not None
+    assert "Softplus" not in value.grad_fn.name()
+    assert value.stride() == x.stride()
+    torch.testing.assert_close(value, F.softplus(x))
+
+
+@needs_compiler
+def test_what_is_traced_is_that_of_pytorch() -> None:
+    def step(x: Tensor) -> Tensor:
+        return ops.softplus(x)
+
+    x = torch.randn(COUNT)
+    assert "crbp::" not in str(torch.jit.trace(step, (x,)).graph)  # type: ignore[no-untyped-call]
+    graph = torch.fx.experimental.proxy_tensor.make_fx(step)(x)
+    torch.testing.assert_close(graph(-x), F.softplus(-x))
+    assert torch.equal(torch.compile(step, backend="eager")(x), F.softplus(x))
+    with pointwise.as_pytorch():
+        assert torch.equal(step(x), F.softplus(x))
 
 
 def small(x: Tensor) -> Tensor:
@@ -95,6 +122,10 @@ def small(x: Tensor) -> Tensor:
 
 def strided(x: Tensor) -> Tensor:
     return ops.softplus(x.repeat(2).view(2, -1).t())
+
+
+def subclass(x: Tensor) -> Tensor:
+    return ops.softplus(x.as_subclass(type("Other", (Tensor,), {}))).as_subclass(Tensor)
 
 
 def doubles(x: Tensor) -> Tensor:
@@ -115,7 +146,7 @@ def batched(x: Tensor) -> Tensor:
     return torch.func.vmap(ops.softplus)(x.repeat(2).view(2, -1))
 
 
-@pytest.mark.parametrize("call", [small, strided, doubles, lower, forward_mode, batched])
+@pytest.mark.parametrize("call", [small, strided, subclass, doubles, lower, forward_mode, batched])
 def test_elsewhere_it_is_that_of_pytorch(call: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.linspace(-9, 9, COUNT)
     found = call(x)

@@ -32,8 +32,10 @@ def _executes(node: Any) -> bool:
 def is_ordinary(x: Tensor) -> bool:
     """Whether a tensor on a CPU is computed with as usual: no compiler, transform or change of precision is at work.
 
-    Those are `torch.compile`, the transforms of `torch.func`, forward differentiation and autocast.
+    Those are `torch.compile`, `torch.jit.trace`, the transforms of `torch.func`, forward differentiation and autocast.
     """
-    if x.device.type != "cpu" or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+    if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return False
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False
     return torch._C._functorch.peek_interpreter_stack() is None and torch.autograd.forward_ad._current_level < 0

@@ -12,9 +12,9 @@ typedef int32_t Integers __attribute__((vector_size(BYTES)));
 
 constexpr int64_t CHUNK = 1 << 14;  // numbers that a thread takes at a time
 
-// eˣ for x ≤ 0, not below the least normal number: x = n log 2 + r, then a polynomial of r (Cephes) times 2ⁿ.
+// eˣ for −87 ≤ x ≤ 0: x = n log 2 + r, then a polynomial of r (Cephes) times 2ⁿ.
 inline V exponential(V x) {
-    const V n = (x * 1.44269504088896341f + 12582912.0f) - 12582912.0f;  // the nearest integer
+    const V shifted = x * 1.44269504088896341f + 12582912.0f, n = shifted - 12582912.0f;  // the nearest integer
     const V r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
     V p = r * 1.9875691500e-4f + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
@@ -22,7 +22,7 @@ inline V exponential(V x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * (r * r) + (r + 1.0f);
-    const Integers power = (__builtin_convertvector(n, Integers) + 127) << 23;
+    const Integers power = (reinterpret_cast<const Integers&>(shifted) + 127) << 23;  // whose low bits are n
     return p * reinterpret_cast<const V&>(power);
 }
 

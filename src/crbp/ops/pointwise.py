@@ -5,12 +5,12 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from crbp.ops import _native
 from crbp.ops._engine import is_ordinary
@@ -27,60 +27,55 @@ _LOG1P = (
 def softplus(x: Tensor) -> Tensor:
     """``log(1 + eˣ)``, of a tensor of any shape, differentiable any number of times.
 
-    In float32, for 32 768 numbers or more on a CPU with a C++ compiler, and in what `Fused` compiles, it is
-    ``max(x, 0) + log(1 + e^−|x|)`` with a polynomial for the logarithm: relative error below 3e-7. Its derivative is
-    the logistic function, which is then all that is kept for the backward pass. Elsewhere, and inside `torch.compile`,
-    the transforms of `torch.func`, forward differentiation and autocast, it is `torch.nn.functional.softplus`.
+    In float32, for 32 768 numbers or more that lie side by side, on a CPU with a C++ compiler, and in what `Fused`
+    compiles, it is ``max(x, 0) + log(1 + e^−|x|)`` with polynomials: relative error below 3e-7, and 0 below −87. Its
+    derivative is the logistic function. That is then all that is kept for the backward pass, and a second derivative
+    goes back through the same node: it needs ``retain_graph`` as that of `torch.sigmoid` does.
+
+    Elsewhere, and inside `torch.compile`, tracing, the transforms of `torch.func`, forward differentiation and
+    autocast, it is `torch.nn.functional.softplus`.
     """
-    if x.dtype == torch.float32:
-        if _thread.compiling:
-            result: Tensor = _Polynomial.apply(x)
-            return result
-        if x.numel() >= LEAST and is_ordinary(x) and x.is_contiguous() and _native.found() is not None:
-            graph = x.requires_grad and torch.is_grad_enabled()
-            value: Tensor = _Native.apply(x)[0] if graph else _softplus(x)
-            return value
-    return F.softplus(x)
+    if x.dtype != torch.float32 or _thread.kind == "PyTorch's":
+        return F.softplus(x)
+    if _thread.kind == "for a compiler":
+        result: Tensor = _Polynomial.apply(x)
+        return result
+    # In this order, as no number of a symbolic shape must be looked at.
+    plain = type(x) in (Tensor, nn.Parameter) and is_ordinary(x) and x.numel() >= LEAST and _is_dense(x)
+    if not plain or _native.found() is None:
+        return F.softplus(x)
+    value: Tensor = _softplus_and_slope(x)[0] if x.requires_grad and torch.is_grad_enabled() else _softplus(x)
+    return value
 
 
 class _Thread(threading.local):
-    compiling = False
+    kind: Literal["native", "for a compiler", "PyTorch's"] = "native"
 
 
 _thread = _Thread()
 
 
 @contextmanager
-def for_compiler() -> Iterator[None]:
-    """Within this context what this thread traces will be compiled: take what a compiler makes the most of."""
-    before = _thread.compiling
-    _thread.compiling = True
+def _of_kind(kind: Literal["for a compiler", "PyTorch's"]) -> Iterator[None]:
+    before, _thread.kind = _thread.kind, kind
     try:
         yield
     finally:
-        _thread.compiling = before
+        _thread.kind = before
 
 
-class _Native(torch.autograd.Function):
-    """Softplus and its slope, which is kept as an output: what differentiates a gradient comes by here again."""
+def for_compiler() -> AbstractContextManager[None]:
+    """Within this context what this thread traces will be compiled: take what a compiler makes the most of."""
+    return _of_kind("for a compiler")
 
-    @staticmethod
-    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
-        found: tuple[Tensor, Tensor] = _softplus_and_slope(x)
-        return found
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: tuple[Tensor, Tensor]) -> None:
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(output[1])
+def as_pytorch() -> AbstractContextManager[None]:
+    """Within this context take in this thread what runs without crbp: the softplus of PyTorch."""
+    return _of_kind("PyTorch's")
 
-    @staticmethod
-    def backward(ctx: Any, of_value: Tensor | None, of_slope: Tensor | None) -> Tensor | None:
-        (slope,) = ctx.saved_tensors
-        parts = [] if of_value is None else [of_value * slope]
-        if of_slope is not None:
-            parts.append(torch.ops.aten.sigmoid_backward(of_slope, slope))
-        return sum(parts[1:], parts[0]) if parts else None
+
+def _is_dense(x: Tensor) -> bool:
+    return x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
 
 
 @torch.library.custom_op("crbp::softplus", mutates_args=(), device_types="cpu")
@@ -97,6 +92,22 @@ def _softplus_and_slope(x: Tensor) -> tuple[Tensor, Tensor]:
     return value, slope
 
 
+def _keep_slope(ctx: Any, inputs: Any, output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[1])
+
+
+def _backward(ctx: Any, of_value: Tensor | None, of_slope: Tensor | None) -> Tensor | None:
+    (slope,) = ctx.saved_tensors
+    parts = [] if of_value is None else [of_value * slope]
+    if of_slope is not None:
+        parts.append(torch.ops.aten.sigmoid_backward(of_slope, slope))
+    return sum(parts[1:], parts[0]) if parts else None
+
+
+_softplus_and_slope.register_autograd(_backward, setup_context=_keep_slope)
+
+
 @_softplus.register_fake
 def _empty_value(x: Tensor) -> Tensor:
     return torch.empty_like(x)
@@ -108,8 +119,8 @@ def _empty_value_and_slope(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _call(x: Tensor, value: Tensor, slope: Tensor | None) -> None:
-    if x.dtype != torch.float32 or not x.is_contiguous():
-        raise TypeError(f"a contiguous tensor of float32 is needed, not {x.dtype} with strides {x.stride()}")
+    if x.dtype != torch.float32 or not _is_dense(x):
+        raise TypeError(f"a dense tensor of float32 is needed, not one of {x.dtype} with strides {x.stride()}")
     places = [None if each is None else each.data_ptr() for each in (x, value, slope)]
     threads = max(1, min(torch.get_num_threads(), x.numel() // LEAST))
     coefficients = (ctypes.c_float * len(_LOG1P))(*_LOG1P)
