@@ -69,19 +69,16 @@ SETS: dict[str, dict[str, list[str]]] = {
     | {"growth 1, up to 3N, rate 0.005": [*settling(1, 2), RATE, "0.005"]}
     | {"growth 0.05": settling(0.05, 0.5)[:2]}  # as C-RBP's row has
     | {"growth 0.05, gates of 12": [*settling(0.05, 0.5)[:2], HORIZON, "12"]},
-    "small14_hgru_rbp": rates(0.00125, 0.0025, 0.005, 0.02) | gates(24) | both(0.0025, 24) | drawn(12),
+    "small14_hgru_rbp": rates(0.00125, 0.0025, 0.005, 0.02) | gates(24) | both(0.0025, 24),
     "small14_feedforward": FEEDFORWARD | LOWER,
     # With drawn steps, which C-BPTT and C-RBP have beside the penalties.
-    "small9_hgru_bptt": SIX_STEPS | drawn(12),
+    "small9_hgru_bptt": rates(0.005, 0.02) | drawn(12),
     "small14_hgru_bptt": SIX_STEPS | gates(24) | both(0.02, 12) | drawn(3),
-    "small9_hgru_truncated": SIX_STEPS,
-    "small9_hgru_allsteps": SIX_STEPS,
-    "small5_hgru_crbp_k3": rates(0.02) | gates(5) | {"growth 0.05": settling(0.05, 0.5)[:2]},
     "small9_hgru_cbptt": rates(0.005)
     | gates(12)
     | {"up to 1.5N": settling(0.2, 0.5)[2:]}
     | {"growth 1": settling(1, 2)[:2]},
-    "small9_hgru_rbp": rates(0.0025, 0.005, 0.02) | gates(24) | drawn(24),
+    "small9_hgru_rbp": rates(0.0025, 0.005, 0.02) | gates(24),
     "small9_feedforward": FEEDFORWARD,
     # The ConvLSTM, whose configurations were found by these: at first rate and gates were the hGRU's, .01 and N or N/2.
     "small5_convlstm_bptt": rates(0.01),
