@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from crbp.bench.measure import Numbers
 
@@ -53,6 +54,11 @@ def scaling(numbers: Numbers) -> Figure:
             line = f"{code}, exponent {part['exponents'][code]:.2f}"
             axes.plot(values, seconds, "o-", label=line, color=colour, ms=4)
         axes.set(xlabel=label, ylabel="seconds a training step", xscale="log", yscale="log")
+        axes.set_xticks(values, [str(value) for value in values], minor=False)
+        axes.set_xticks([], minor=True)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.legend(frameon=False, fontsize=8)
     return figure
 
