@@ -44,7 +44,7 @@ def test_here_training_works(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["works"]
     assert found["faults"] == {}
     assert found["threads"] == torch.get_num_threads()
-    assert Path(found["native"]["fft"]).is_file()
+    assert Path(found["native"]["library"]).is_file()
     assert main(["doctor"]) == 0
     assert capsys.readouterr().out.endswith("Training works.\n")
 

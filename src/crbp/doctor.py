@@ -150,7 +150,7 @@ def _native_code() -> Found:
         ctypes.CDLL(str(library))
     except (OSError, subprocess.SubprocessError) as error:
         fault = _native.reason(error)
-    return {"compiler": compiler, "fft": None if fault else str(library), "fault": fault}
+    return {"compiler": compiler, "library": None if fault else str(library), "fault": fault}
 
 
 def _cache() -> Found:
@@ -175,7 +175,7 @@ def _told(found: Found) -> str:
     lines += [f"  cores, threads    {found['cores']} to use, {found['threads']} used by torch"]
     lines += [f"  memory            {sizes or 'unknown'}"]
     lines += [f"  C++ compiler      {native['compiler'] or 'missing: cells and convolutions are slower'}"]
-    lines += [f"  native code       {native['fft'] or 'cannot be built: ' + native['fault']}"]
+    lines += [f"  native code       {native['library'] or 'cannot be built: ' + native['fault']}"]
     lines += [f"  cache             {cache['folder'] or 'cannot be written: ' + cache['fault']}", ""]
     return "\n".join(
         [*lines, f"Training does not work: {_trouble(found)}" if not found["works"] else "Training works."]

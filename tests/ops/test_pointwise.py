@@ -87,7 +87,6 @@ def test_its_operators_are_well_formed() -> None:
             operator(torch.randn(3, dtype=torch.float64))
         with pytest.raises(TypeError, match=r"with strides \(1, 3\)"):
             operator(torch.randn(4, 3).t())
-
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(pointwise._softplus_and_slope, (torch.randn(3, 70, requires_grad=True),), test_utils=checks)
 

@@ -99,10 +99,11 @@ def _keep_slope(ctx: Any, inputs: Any, output: tuple[Tensor, Tensor]) -> None:
 
 def _backward(ctx: Any, of_value: Tensor | None, of_slope: Tensor | None) -> Tensor | None:
     (slope,) = ctx.saved_tensors
-    parts = [] if of_value is None else [of_value * slope]
-    if of_slope is not None:
-        parts.append(torch.ops.aten.sigmoid_backward(of_slope, slope))
-    return sum(parts[1:], parts[0]) if parts else None
+    found = None if of_value is None else of_value * slope
+    if of_slope is None:
+        return found
+    second: Tensor = torch.ops.aten.sigmoid_backward(of_slope, slope)
+    return second if found is None else found + second
 
 
 _softplus_and_slope.register_autograd(_backward, setup_context=_keep_slope)
