@@ -88,9 +88,8 @@ def steps(machines: dict[str, Numbers]) -> str:
             if found is None:
                 continue
             seconds = [_spread(found[code], unit=" s") for code in ("crbp", "textbook")]
-            differs = f"{found['gradient_difference_overall']:.1e}".replace("e-0", "e-")
-            worst = f"{found['gradient_difference']:.1e}".replace("e-0", "e-")
-            body.append([machine, name, *seconds, _spread(found["speedup"], unit="×", bold=True), differs, worst])
+            differs = [_power(found[f"gradient_difference{of}"]) for of in ("_overall", "")]
+            body.append([machine, name, *seconds, _spread(found["speedup"], unit="×", bold=True), *differs])
     heads = ("gradients differ by", "that of one parameter by")
     return markdown(("processor", "", "crbp", "textbook", "ratio", *heads), body)
 
@@ -128,7 +127,7 @@ def solvers(part: Numbers) -> str:
             name if solver == "Neumann" else "",
             f"{found['spectral_radius']:.3f}" if solver == "Neumann" else "",
             solver,
-            *(f"{errors[place]:.1e}".replace("e-0", "e-") for place in places),
+            *(_power(errors[place]) for place in places),
         ]
         for name, found in part["networks"].items()
         for solver, errors in found["relative_error"].items()
@@ -155,6 +154,10 @@ def scaling(part: Numbers) -> str:
 def _spread(found: Numbers, *, unit: str, bold: bool = False) -> str:
     median = _three(found["median"]) + unit
     return f"{f'**{median}**' if bold else median} ({_three(found['min'])} to {_three(found['max'])})"
+
+
+def _power(value: float) -> str:
+    return f"{value:.1e}".replace("e-0", "e-")
 
 
 def _three(value: float) -> str:
